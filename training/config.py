@@ -1,0 +1,268 @@
+"""Settings of a training run: the whole tree that `gatewise train` composes and checks.
+
+Every field has a default, so that `TrainConfig()` is a valid small run. Checks that need several
+fields stand in `TrainConfig.__post_init__`; they run before any rank starts.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from gatewise.moe.config import ModelConfig
+from gatewise.parallel.config import ParallelConfig
+from gatewise.parallel.errors import ConfigError
+from gatewise.routers.config import RouterConfig
+
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "NonfiniteConfig",
+    "OptimConfig",
+    "Precision",
+    "RunConfig",
+    "Schedule",
+    "Tokenizer",
+    "TrainConfig",
+    "WandbConfig",
+]
+
+
+class Tokenizer(Enum):
+    """How text becomes tokens."""
+
+    bytes = "bytes"
+    bpe = "bpe"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    wsd = "wsd"  # warmup, stable, linear decay
+    constant = "constant"
+
+
+class Precision(Enum):
+    """Type of the forward and backward arithmetic; master weights are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    auto = "auto"  # bf16 where the processor multiplies it natively, else fp32
+
+
+class WandbMode(Enum):
+    """Whether and how records go to Weights & Biases."""
+
+    off = "off"
+    auto = "auto"  # when the extra is installed: online with a key, offline without
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where a run keeps its files."""
+
+    dir: str | None = None  # None: runs/<name>/<time>
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Text and how it is cut into training sequences."""
+
+    path: str | None = None  # file, folder, glob, .gz, .jsonl, Megatron prefix; None: stdlib
+    hf: str | None = None  # name of a Hugging Face dataset, where the network allows
+    text_key: str = "text"  # field of a .jsonl line or dataset row
+    tokenizer: Tokenizer = Tokenizer.bytes
+    vocab_size: int = 4096  # of a BPE; bytes have 257 (256 and end of text)
+    tokenizer_path: str | None = None  # a tokenizer.json to use instead of training one
+    sequence_length: int = 256
+    validation_every: int = 10  # every n-th file (or document) is validation
+    cache: str | None = None  # folder of tokenised files; None: the user's cache folder
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise ConfigError(
+                f"data.sequence_length is {self.sequence_length}; it must be at least 2"
+            )
+        if self.validation_every < 2:
+            raise ConfigError(
+                f"data.validation_every is {self.validation_every}; it must be at least 2"
+            )
+        if self.tokenizer is Tokenizer.bpe and not 257 <= self.vocab_size <= 65536:
+            raise ConfigError(
+                f"data.vocab_size is {self.vocab_size}; a BPE needs from 257 (all bytes and "
+                "end of text) to 65536"
+            )
+        if self.path is not None and self.hf is not None:
+            raise ConfigError("data.path and data.hf are both set; keep one of them")
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchConfig:
+    """Sequences per optimizer step."""
+
+    sequences: int = 16  # over all ranks
+    micro: int | None = None  # per rank and pass; None: all of a rank's share in one pass
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1:
+            raise ConfigError(f"batch.sequences is {self.sequences}; it must be at least 1")
+        if self.micro is not None and self.micro < 1:
+            raise ConfigError(f"batch.micro is {self.micro}; it must be at least 1 or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 3e-3
+    lr_min_ratio: float = 0.1  # final over peak learning rate
+    schedule: Schedule = Schedule.cosine
+    warmup: int = 50  # steps
+    decay: float = 0.3  # wsd: share of the steps in the final decay
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only; norms and biases have none
+    clip: float = 1.0  # largest gradient norm; 0 is off
+    router_lr_ratio: float = 1.0  # of the router's learning rate
+    embedding_lr_ratio: float = 1.0  # of the embedding's learning rate
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "router_lr_ratio", "embedding_lr_ratio"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(f"optim.{name} is {value}; it must be above 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"optim.{name} is {value}; it must be in [0, 1)")
+        for name in ("warmup", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ConfigError(f"optim.{name} is {value}; it must be at least 0")
+        for name in ("lr_min_ratio", "decay"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"optim.{name} is {value}; it must be in [0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class NonfiniteConfig:
+    """What happens on a NaN or infinity in the loss or the gradients."""
+
+    max_consecutive: int = 5  # skipped steps in a row after which the run stops
+
+    def __post_init__(self) -> None:
+        if self.max_consecutive < 1:
+            raise ConfigError(
+                f"nonfinite.max_consecutive is {self.max_consecutive}; it must be at least 1"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When state is saved and how much of it is kept."""
+
+    every: int | None = None  # steps; None: only at the end
+    keep_last: int = 2
+    asynchronous: bool = True
+    resume: bool = True  # go on from the newest complete checkpoint of run.dir
+    load: str | None = None  # start from this checkpoint of another run
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"checkpoint.every is {self.every}; it must be at least 1 or null")
+        if self.keep_last < 1:
+            raise ConfigError(f"checkpoint.keep_last is {self.keep_last}; it must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """Evaluation on the validation split."""
+
+    every: int | None = None  # steps; None: only at the end
+    tokens: int | None = None  # at most so many target tokens; None: the whole split
+    stride: int | None = None  # new tokens per window; None: no overlap (the whole window)
+    micro: int = 16  # windows per rank and pass
+
+    def __post_init__(self) -> None:
+        for name in ("every", "tokens", "stride", "micro"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"evaluation.{name} is {value}; it must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    """Weights & Biases; `mode=off` by default, because a laptop run should not need it."""
+
+    mode: WandbMode = WandbMode.auto
+    project: str = "gatewise"
+    entity: str | None = None
+    group: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """One training run."""
+
+    name: str = "run"
+    steps: int = 200
+    seed: int = 0
+    log_every: int = 10
+    precision: Precision = Precision.auto
+    recompute: bool = False  # activation checkpointing of every block
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    nonfinite: NonfiniteConfig = field(default_factory=NonfiniteConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ConfigError(f"steps is {self.steps}; it must be at least 0")
+        if self.log_every < 1:
+            raise ConfigError(f"log_every is {self.log_every}; it must be at least 1")
+        if self.model.num_experts:
+            self.router.check(self.model.num_experts, self.model.top_k)
+        self._check_layout()
+        stride = self.evaluation.stride
+        if stride is not None and stride > self.data.sequence_length:
+            raise ConfigError(
+                f"evaluation.stride is {stride}; it must be at most data.sequence_length "
+                f"({self.data.sequence_length})"
+            )
+
+    def _check_layout(self) -> None:
+        experts, ranks = self.model.num_experts, self.parallel.ranks
+        if experts and experts % self.parallel.expert:
+            raise ConfigError(
+                f"model.num_experts is {experts}, which parallel.expert "
+                f"({self.parallel.expert}) does not divide; every rank holds equally many experts"
+            )
+        if ranks > self.batch.sequences:
+            raise ConfigError(
+                f"parallel.ranks is {ranks} but batch.sequences is {self.batch.sequences}; "
+                "every rank needs at least one sequence: use fewer ranks or a larger batch"
+            )
+        if self.batch.sequences % ranks:
+            raise ConfigError(
+                f"batch.sequences is {self.batch.sequences}, which parallel.ranks ({ranks}) does "
+                f"not divide; choose a multiple of {ranks}"
+            )
+        share = self.batch.sequences // ranks
+        if self.batch.micro is not None and share % self.batch.micro:
+            raise ConfigError(
+                f"batch.micro is {self.batch.micro}, which does not divide a rank's share of the "
+                f"batch ({share} sequences)"
+            )
