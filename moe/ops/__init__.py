@@ -1,0 +1,1 @@
+"""Kernels of the MoE layer: permutation and grouped feed-forward, pure functions."""
