@@ -1,0 +1,43 @@
+"""The dense feed-forward network: of dense layers, and of shared experts.
+
+Shapes:  T tokens   D model width   F inner width   G = 2F with a gate (gate rows first), else F
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatewise.moe.config import Activation
+
+__all__ = ["FeedForward"]
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a non-linearity between; weights as those of one expert.
+
+    Args:
+        hidden: D.
+        width: F.
+        activation: swiglu has a gate, gelu (erf form) and relu have none.
+    """
+
+    def __init__(self, hidden: int, width: int, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+        inner = 2 * width if activation is Activation.swiglu else width
+        self.w_in_GD = nn.Parameter(torch.empty(inner, hidden))
+        self.w_out_DF = nn.Parameter(torch.empty(hidden, width))
+        for weight in (self.w_in_GD, self.w_out_DF):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Apply the network to rows of any leading shape."""
+        hidden_TG = F.linear(x_TD, self.w_in_GD)
+        if self.activation is Activation.swiglu:
+            gate_TF, up_TF = hidden_TG.chunk(2, -1)
+            inner_TF = F.silu(gate_TF) * up_TF
+        elif self.activation is Activation.gelu:
+            inner_TF = F.gelu(hidden_TG)
+        else:
+            inner_TF = hidden_TG.relu()
+        return F.linear(inner_TF, self.w_out_DF)

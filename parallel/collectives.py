@@ -1,0 +1,152 @@
+"""Collectives on rows of tensors: asynchronous, counted, without autograd.
+
+The MoE layer differentiates by hand (`moe/compute.py`): the gradient of an all-to-all is the
+all-to-all with the splits swapped, which the backward plan issues itself.
+
+Shapes:  R rows received   N rows sent   D width
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = [
+    "NO_GROUP",
+    "Group",
+    "RowExchange",
+    "ShardSum",
+    "Traffic",
+    "exchange_ints",
+    "gather_ints",
+    "reduce_scatter_sum",
+]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a group has moved: calls and bytes that left this rank."""
+
+    calls: int = 0
+    sent_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A process group with this rank's place in it; `handle` None is the one-rank group."""
+
+    handle: dist.ProcessGroup | None
+    rank: int
+    size: int
+    traffic: Traffic
+
+    @staticmethod
+    def of(handle: dist.ProcessGroup | None) -> "Group":
+        """Describe `handle`; None means a group of this rank alone."""
+        if handle is None:
+            return Group(None, 0, 1, Traffic())
+        return Group(handle, dist.get_rank(handle), dist.get_world_size(handle), Traffic())
+
+
+NO_GROUP = Group(None, 0, 1, Traffic())
+
+
+class RowExchange:
+    """An all-to-all of rows under way; `wait` returns the received rows.
+
+    Args:
+        x_ND: rows to send, ordered by destination rank.
+        send: rows for each rank; sums to N.
+        receive: rows from each rank.
+        group: with one rank nothing is copied: the result is `x_ND` itself.
+    """
+
+    def __init__(
+        self, x_ND: Tensor, send: Sequence[int], receive: Sequence[int], group: Group
+    ) -> None:
+        self._work: dist.Work | None = None
+        if group.handle is None:
+            self._result_RD = x_ND
+            return
+        self._sent_ND = x_ND.contiguous()  # kept alive until the exchange is over
+        self._result_RD = x_ND.new_empty((sum(receive), *x_ND.shape[1:]))
+        group.traffic.calls += 1
+        row_bytes = x_ND.element_size() * (x_ND[0].numel() if x_ND.shape[0] else 0)
+        group.traffic.sent_bytes += (sum(send) - send[group.rank]) * row_bytes
+        self._work = dist.all_to_all_single(
+            self._result_RD,
+            self._sent_ND,
+            output_split_sizes=list(receive),
+            input_split_sizes=list(send),
+            group=group.handle,
+            async_op=True,
+        )
+
+    def wait(self) -> Tensor:
+        """Return the received rows, ordered by source rank."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result_RD
+
+
+def gather_ints(values: Tensor, group: Group) -> Tensor:
+    """All-gather an integer tensor: (...) on each rank to (size, ...) on all."""
+    if group.handle is None:
+        return values.unsqueeze(0)
+    gathered = values.new_empty((group.size * values.numel(),))
+    group.traffic.calls += 1
+    group.traffic.sent_bytes += values.numel() * values.element_size() * (group.size - 1)
+    dist.all_gather_single(gathered, values.contiguous().view(-1), group=group.handle)
+    return gathered.view(group.size, *values.shape)
+
+
+def exchange_ints(values: Tensor, group: Group) -> Tensor:
+    """All-to-all of equal integer slices: row r of (size, ...) goes to rank r."""
+    if group.handle is None:
+        return values
+    received = torch.empty_like(values)
+    group.traffic.calls += 1
+    group.traffic.sent_bytes += values[0].numel() * values.element_size() * (group.size - 1)
+    dist.all_to_all_single(received, values.contiguous(), group=group.handle)
+    return received
+
+
+def reduce_scatter_sum(flat: Tensor, group: Group) -> "ShardSum":
+    """Start the sum over ranks of equal slices of `flat`; `wait` leaves ours in place.
+
+    Source: gloo's own reduce-scatter moves twice the bytes, so it is an all-to-all and a local
+    sum in rank order.
+    """
+    return ShardSum(flat, group)
+
+
+class ShardSum:
+    """A reduce-scatter under way on a flat tensor whose length `group.size` divides."""
+
+    def __init__(self, flat: Tensor, group: Group) -> None:
+        assert flat.dim() == 1
+        assert flat.numel() % group.size == 0
+        self._group = group
+        self._slices = flat.view(group.size, -1)
+        if group.handle is None:
+            self._work = None
+            return
+        group.traffic.calls += 1
+        group.traffic.sent_bytes += self._slices[0].numel() * flat.element_size() * (group.size - 1)
+        self._received = torch.empty_like(self._slices)
+        self._work = dist.all_to_all_single(
+            self._received, self._slices, group=group.handle, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """Return this rank's slice (a view of `flat`), now summed over ranks."""
+        mine = self._slices[self._group.rank]
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            torch.sum(self._received, 0, out=mine)
+            del self._received
+        return mine

@@ -1,0 +1,105 @@
+"""What a router decides, and what it is told: the types that every other folder passes along.
+
+Read first: this file; then `topk.py` (a router) and `balance.py` (the losses).
+
+Shapes:  T tokens on this rank   E experts, all ranks   K experts per token   D model width
+         B sequences on this rank (T = B * positions, sequence-major)   H router state
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["AheadRouter", "Load", "NoiseKey", "Router", "Routing", "RoutingContext"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One layer's contribution to counters that ranks and micro-batches share.
+
+    `count_E` is demand: pairs chosen before any capacity drop, padding left out.
+    """
+
+    count_E: Tensor  # float32, no gradient
+    score_E: Tensor  # sum over tokens of scores that sum to 1 per token; carries the gradient
+    tokens: Tensor  # float32 scalar: tokens that are not padding
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The decision of one layer for this rank's tokens."""
+
+    expert_TK: Tensor  # int64 in [0, E); a dropped pair is -1
+    weight_TK: Tensor  # combine weights, float32; cast when combining
+    logits_TE: Tensor | None = None  # float32, for calibration and plots
+    losses: Mapping[str, Tensor] = field(default_factory=dict)  # weighted scalars
+    load: Load | None = None
+    health: Mapping[str, Tensor] = field(default_factory=dict)  # detached scalars to report
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseKey:
+    """Where random draws come from, so that they depend on the sample and not on the layout.
+
+    Each sequence draws from a generator seeded by (seed, step, its global index, layer): any
+    number of ranks, any micro-batch and any recomputation draw the same numbers.
+    """
+
+    seed: int
+    step: int
+    sequences: tuple[int, ...]  # global sample index of each of this rank's B sequences
+
+    def uniform(self, shape: tuple[int, ...], *, layer: int, device: torch.device) -> Tensor:
+        """Return U(0, 1) of `shape` = (T, ...), T a multiple of the number of sequences."""
+        positions = shape[0] // len(self.sequences)
+        rows = []
+        for sequence in self.sequences:
+            generator = torch.Generator().manual_seed(_mix(self.seed, self.step, sequence, layer))
+            rows.append(torch.rand((positions, *shape[1:]), generator=generator))
+        return torch.cat(rows).to(device)
+
+
+def _mix(*parts: int) -> int:
+    """Hash integers to 63 bits (the finaliser of SplitMix64 on a running sum)."""
+    value = 0
+    for part in parts:
+        value = (value + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+    return value >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingContext:
+    """What is threaded through the layers; replaced, never mutated."""
+
+    state_TH: Tensor | None = None  # RMoE: GRU state after the previous layer
+    ahead: tuple[Routing, ...] | None = None  # pre-gating: decisions made before layer 0
+    token_ids: Tensor | None = None  # int64 (T,), for hash routers
+    padding_T: Tensor | None = None  # bool, True = padding
+    sequences: int = 1  # B; T is sequence-major
+    noise: NoiseKey | None = None  # None: no noise (evaluation)
+
+
+class Router(Protocol):
+    """A decision per token in one layer."""
+
+    num_experts: int
+
+    def __call__(
+        self, x_TD: Tensor, context: RoutingContext, layer: int
+    ) -> tuple[Routing, RoutingContext]:
+        """Route `x_TD`; return the decision and the context for the next layer."""
+        ...
+
+
+class AheadRouter(Protocol):
+    """Pre-gating: called once per batch, before layer 0."""
+
+    def decide(self, x_TD: Tensor, num_layers: int) -> tuple[Routing, ...]:
+        """Return a decision for each of `num_layers` layers."""
+        ...
