@@ -1,0 +1,1 @@
+"""Configuration: schemas, YAML groups and their composition. Read `compose.py` first."""

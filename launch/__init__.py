@@ -1,0 +1,1 @@
+"""Commands: the console script, starting ranks, run folders. Read `cli.py` first."""
