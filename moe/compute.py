@@ -32,6 +32,7 @@ from gatewise.moe.ops.permute import (
     gather_rows,
     gather_rows_backward,
 )
+from gatewise.parallel.buckets import Slot
 from gatewise.parallel.collectives import RowExchange
 from gatewise.parallel.schedule.executor import run_plan
 from gatewise.parallel.schedule.plan import Plan, Stage, StageGraph, Task, serial_plan
@@ -81,16 +82,15 @@ class Schedule:
         return Schedule(serial_plan(FORWARD, chunks), serial_plan(BACKWARD, chunks))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class GradientSink:
     """Where a weight's gradient is written without passing through autograd.
 
-    Large expert gradients are written once, straight into the reducer's buffer.
+    Large expert gradients are written once, straight into the reducer's bucket.
     """
 
-    buffer: Tensor  # fp32 (fp64 for fp64 weights), of the weight's shape
-    fresh: bool = True  # the next write overwrites; later ones add
-    written: Callable[[], None] = lambda: None  # called after each backward pass
+    slot: Slot  # of the weight; its `fresh` tells whether to overwrite or to add
+    written: Callable[[], None]  # called when this pass's gradient is complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +282,8 @@ class _WeightGradients:
         self._buffers: tuple[Tensor | None, Tensor | None] = (None, None)
         self._accumulate = False
         if sinks is not None:
-            self._buffers = (sinks[0].buffer, sinks[1].buffer)
-            self._accumulate = not sinks[0].fresh
+            self._buffers = (sinks[0].slot.gradient, sinks[1].slot.gradient)
+            self._accumulate = not sinks[0].slot.fresh
 
     def add(self, dy_RD: Tensor, x_RD: Tensor, kept: tuple[Tensor, Tensor], ticket: Ticket) -> None:
         """Add one chunk's gradients."""
@@ -305,7 +305,6 @@ class _WeightGradients:
         if self._sinks is None:
             return self._buffers
         for sink in self._sinks:
-            sink.fresh = False
             sink.written()
         return None, None
 

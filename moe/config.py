@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-__all__ = ["Activation", "CapacityConfig", "CapacityOrder", "ModelConfig"]
+__all__ = [
+    "Activation",
+    "CapacityConfig",
+    "CapacityOrder",
+    "ModelConfig",
+    "ParameterCount",
+    "count_parameters",
+]
 
 
 class Activation(Enum):
@@ -106,3 +113,33 @@ class ModelConfig:
         if self.dense_width is not None:
             return self.dense_width
         return (self.top_k + self.shared_experts) * self.expert_width
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """Sizes of a decoder; a test holds them to the built modules."""
+
+    total: int
+    active: int  # a token's share: all but the experts that it does not use
+    router: int
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
+    """Count the parameters of a decoder from its settings."""
+    hidden, width = config.hidden, config.hidden // config.heads
+    kv_heads = config.kv_heads or config.heads
+    matrices = 3 if config.activation is Activation.swiglu else 2
+    attention = (config.heads + 2 * kv_heads) * width * hidden + hidden * hidden
+    attention += 2 * width if config.qk_norm else 0
+    expert = matrices * hidden * config.expert_width
+    dense = matrices * hidden * config.feed_forward_width()
+    num_moe = len(config.moe_layers())
+    router = num_moe * hidden * config.num_experts
+    common = vocab_size * hidden * (1 if config.tie_embeddings else 2) + hidden
+    common += config.layers * (attention + 2 * hidden) + (config.layers - num_moe) * dense
+    common += num_moe * config.shared_experts * expert + router
+    return ParameterCount(
+        total=common + num_moe * config.num_experts * expert,
+        active=common + num_moe * config.top_k * expert,
+        router=router,
+    )

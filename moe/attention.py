@@ -1,0 +1,132 @@
+"""Causal self-attention: rotary positions, grouped queries, optional norm of queries and keys.
+
+Shapes:  B sequences   S positions   D model width   H query heads   J key-value heads
+         W width per head   P positions in the cache and this call together
+Source:  rotary embeddings: arXiv:2104.09864; grouped-query attention: arXiv:2305.13245;
+         QK-norm: arXiv:2302.05442.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Attention", "KeyValueCache", "RMSNorm", "rotary_tables"]
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the last dim, times a learned gain; fp32 inside.
+
+    Args:
+        width: size of the last dim.
+        eps: added to the mean square.
+
+    Source: arXiv:1910.07467.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x`; the result has its dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.gain.shape, self.gain.to(wide), self.eps).to(x.dtype)
+
+
+@dataclass(slots=True)
+class KeyValueCache:
+    """Keys and values of the tokens before, per layer, for generation."""
+
+    length: int = 0  # positions that all layers hold
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def append(self, layer: int, k_BJSW: Tensor, v_BJSW: Tensor) -> tuple[Tensor, Tensor]:
+        """Add this call's keys and values; return all of them."""
+        if layer in self.layers:
+            k_before, v_before = self.layers[layer]
+            k_BJSW = torch.cat((k_before, k_BJSW), 2)
+            v_BJSW = torch.cat((v_before, v_BJSW), 2)
+        self.layers[layer] = (k_BJSW, v_BJSW)
+        return k_BJSW, v_BJSW
+
+
+class Attention(nn.Module):
+    """One attention layer.
+
+    Args:
+        hidden: D.
+        heads: H.
+        kv_heads: J, a divisor of H.
+        qk_norm: normalise queries and keys per head.
+        eps: of that norm.
+    """
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, *, qk_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads
+        self.head_width = hidden // heads
+        rows = (heads + 2 * kv_heads) * self.head_width
+        self.w_qkv = nn.Parameter(torch.empty(rows, hidden))
+        self.w_out = nn.Parameter(torch.empty(hidden, hidden))
+        self.norm_q = RMSNorm(self.head_width, eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.head_width, eps) if qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layer: int,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Attend to this and earlier positions.
+
+        Args:
+            x_BSD: normed input.
+            rotary: `rotary_tables` of these S positions.
+            layer: place in the cache.
+            cache: earlier keys and values, extended in place; None while training.
+        """
+        batch, positions, hidden = x_BSD.shape
+        qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_width)
+        q, k, v_BSJW = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
+        q_BHSW = _rotate(self.norm_q(q), rotary).transpose(1, 2)
+        k_BJSW = _rotate(self.norm_k(k), rotary).transpose(1, 2)
+        v_BJSW = v_BSJW.transpose(1, 2)
+        causal = True
+        if cache is not None:
+            k_BJSW, v_BJSW = cache.append(layer, k_BJSW, v_BJSW)
+            causal = positions == k_BJSW.shape[2]
+        mask = None
+        if not causal and positions > 1:  # new positions after cached ones
+            total = k_BJSW.shape[2]
+            mask = torch.ones(positions, total, dtype=torch.bool, device=x_BSD.device)
+            mask = mask.tril(total - positions)
+        y_BHSW = F.scaled_dot_product_attention(
+            q_BHSW,
+            k_BJSW,
+            v_BJSW,
+            attn_mask=mask,
+            is_causal=causal and positions > 1,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return F.linear(y_BHSW.transpose(1, 2).reshape(batch, positions, hidden), self.w_out)
+
+
+def rotary_tables(
+    positions: int, width: int, base: float, *, start: int = 0, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine tables, fp32 (positions, 1, width / 2), from position `start`."""
+    frequency = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    place = torch.arange(start, start + positions, device=device, dtype=torch.float32)
+    angle = torch.outer(place, frequency).unsqueeze(1)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x_BSHW: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pair (i, i + W/2) of each head by its position's angle."""
+    cosine, sine = (table.to(x_BSHW.dtype) for table in rotary)
+    first, second = x_BSHW.chunk(2, -1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)

@@ -1,0 +1,243 @@
+"""The decoder: embeddings, blocks of attention and feed-forward, final norm, output weights.
+
+Read first: `layer.py` (the MoE layer). The model knows no ranks: build it on the meta device, let
+`parallelize.py` place the experts, then `initialise` it; the values depend on the seed alone.
+
+Shapes:  B sequences   S positions   T = B * S tokens   D model width   V vocabulary
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gatewise.moe.attention import Attention, KeyValueCache, RMSNorm, rotary_tables
+from gatewise.moe.config import ModelConfig
+from gatewise.moe.dispatch import LocalDispatcher
+from gatewise.moe.experts import GroupedExperts
+from gatewise.moe.feed_forward import FeedForward
+from gatewise.moe.layer import MoELayer
+from gatewise.parallel.parameters import Label, ParameterSpec
+from gatewise.routers.api import Routing, RoutingContext
+from gatewise.routers.config import RouterConfig
+from gatewise.routers.topk import TopKRouter
+
+__all__ = ["Block", "Decoder", "DecoderOutput", "initialise", "parameter_specs", "set_precision"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOutput:
+    """Final hidden states, and one routing per MoE layer."""
+
+    hidden_BSD: Tensor
+    routings: tuple[Routing, ...]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward with residuals.
+
+    Args:
+        config: sizes.
+        router: settings of the router, used where this layer has experts.
+        layer: index from 0.
+    """
+
+    def __init__(self, config: ModelConfig, router: RouterConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norm_attention = RMSNorm(config.hidden, config.norm_eps)
+        self.attention = Attention(
+            config.hidden,
+            config.heads,
+            config.kv_heads or config.heads,
+            qk_norm=config.qk_norm,
+            eps=config.norm_eps,
+        )
+        self.norm_feed_forward = RMSNorm(config.hidden, config.norm_eps)
+        self.feed_forward: MoELayer | FeedForward
+        if config.is_moe(layer):
+            shared = config.shared_experts * config.expert_width
+            self.feed_forward = MoELayer(
+                TopKRouter(config.hidden, config.num_experts, config.top_k, router),
+                GroupedExperts(
+                    config.num_experts, config.hidden, config.expert_width, config.activation
+                ),
+                LocalDispatcher(config.num_experts),
+                shared=FeedForward(config.hidden, shared, config.activation) if shared else None,
+                capacity=config.capacity,
+            )
+        else:
+            self.feed_forward = FeedForward(
+                config.hidden, config.feed_forward_width(), config.activation
+            )
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        context: RoutingContext,
+        rotary: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None,
+    ) -> tuple[Tensor, Routing | None, RoutingContext]:
+        """Return the block's output, its routing (None for a dense layer) and the context."""
+        x_BSD = x_BSD + self.attention(self.norm_attention(x_BSD), rotary, self.layer, cache)
+        normed_BSD = self.norm_feed_forward(x_BSD)
+        if isinstance(self.feed_forward, FeedForward):
+            return x_BSD + self.feed_forward(normed_BSD), None, context
+        y_TD, routing, context = self.feed_forward(normed_BSD.flatten(0, 1), context, self.layer)
+        return x_BSD + y_TD.view_as(x_BSD), routing, context
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: sizes.
+        router: settings of every layer's router.
+        vocab_size: V.
+    """
+
+    def __init__(self, config: ModelConfig, router: RouterConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(vocab_size, config.hidden))
+        self.blocks = nn.ModuleList(Block(config, router, i) for i in range(config.layers))
+        self.norm_final = RMSNorm(config.hidden, config.norm_eps)
+        self.head = (
+            None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.hidden))
+        )
+        self.recompute = False  # activation checkpointing of every block
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix (V, D) from hidden states to logits."""
+        return self.embedding if self.head is None else self.head
+
+    def moe_layers(self) -> list[MoELayer]:
+        """Return the MoE layers in order."""
+        return [b.feed_forward for b in self._blocks() if isinstance(b.feed_forward, MoELayer)]
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def forward(
+        self,
+        token_BS: Tensor,
+        context: RoutingContext | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> DecoderOutput:
+        """Return final hidden states; `logits` turns them into logits.
+
+        Args:
+            token_BS: int64 token ids.
+            context: what the routers are told; `sequences` and `token_ids` are set here.
+            cache: keys and values of earlier calls, extended in place.
+        """
+        context = context or RoutingContext()
+        batch, positions = token_BS.shape
+        context = RoutingContext(
+            ahead=context.ahead,
+            token_ids=token_BS.flatten(),
+            padding_T=context.padding_T,
+            sequences=batch,
+            noise=context.noise,
+        )
+        rotary = rotary_tables(
+            positions,
+            self.config.hidden // self.config.heads,
+            self.config.rope_base,
+            start=cache.length if cache else 0,
+            device=token_BS.device,
+        )
+        x_BSD = F.embedding(token_BS, self.embedding)
+        routings = []
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x_BSD, routing, context = checkpoint(
+                    block, x_BSD, context, rotary, cache, use_reentrant=False
+                )
+            else:
+                x_BSD, routing, context = block(x_BSD, context, rotary, cache)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.length += positions
+        return DecoderOutput(self.norm_final(x_BSD), tuple(routings))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits (..., V) of hidden states (..., D)."""
+        return F.linear(hidden, self.output_weight).float()
+
+
+def initialise(model: Decoder, seed: int) -> None:
+    """Give every parameter its starting value from the seed, its name and its expert alone.
+
+    Any placement of experts, and any number of ranks, starts from the same model. Matrices are
+    normal with `init_std`, those that write to the residual stream divided by sqrt(2 * layers).
+    """
+    residual = model.config.init_std / math.sqrt(2 * model.config.layers)
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}" if module_name else name
+            if name == "gain":
+                nn.init.ones_(parameter)
+                continue
+            std = residual if name in ("w_out", "w_out_DF", "w_out_eDF") else model.config.init_std
+            if isinstance(module, GroupedExperts):
+                for local in range(module.num_local):
+                    expert = module.first_expert + local
+                    _normal_(parameter.data[local], std, seed, f"{full_name}.{expert}")
+            else:
+                _normal_(parameter.data, std, seed, full_name)
+    for layer in model.moe_layers():
+        if isinstance(layer.router, TopKRouter):
+            nn.init.zeros_(layer.router.bias_E)
+
+
+def _normal_(data: Tensor, std: float, seed: int, name: str) -> None:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+    data.copy_(torch.randn(data.shape, generator=generator) * std)
+
+
+def set_precision(model: Decoder, dtype: torch.dtype) -> None:
+    """Cast the matrices to `dtype`; routers and norms stay fp32 (fp64 with fp64 matrices)."""
+    small = torch.promote_types(dtype, torch.float32)
+    for module in model.modules():
+        keep = isinstance(module, RMSNorm | TopKRouter)
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(small if keep else dtype)
+
+
+def parameter_specs(model: Decoder) -> list[ParameterSpec]:
+    """Describe every parameter: whose it is, and where it lies in the whole model."""
+    num_experts = model.config.num_experts
+    specs = []
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            label: Label = "dense"
+            if isinstance(module, GroupedExperts):
+                label = "expert"
+            elif isinstance(module, TopKRouter):
+                label = "router"
+            elif name == "embedding":
+                label = "embedding"
+            shape, start = tuple(parameter.shape), 0
+            sharded = isinstance(module, GroupedExperts) and module.num_local != num_experts
+            if isinstance(module, GroupedExperts):
+                shape = (num_experts, *shape[1:])
+                start = module.first_expert * parameter[0].numel()
+            specs.append(
+                ParameterSpec(
+                    f"{module_name}.{name}" if module_name else name,
+                    parameter,
+                    label,
+                    sharded,
+                    decay=parameter.dim() > 1 and label != "embedding",
+                    shape=shape,
+                    start=start,
+                )
+            )
+    return specs

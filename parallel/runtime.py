@@ -1,0 +1,104 @@
+"""What a rank runs on: its place among the ranks, its device, its threads and its groups.
+
+Nothing happens at import. `start_runtime` joins the ranks, `Runtime.stop` leaves them.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from gatewise.parallel.config import ParallelConfig
+from gatewise.parallel.dims import Groups, make_groups
+
+__all__ = ["Runtime", "multiplies_bf16", "running", "start_runtime"]
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """One rank's place, device and groups."""
+
+    rank: int
+    world: int
+    device: torch.device
+    groups: Groups
+
+    def stop(self) -> None:
+        """Leave the ranks; safe to call without any."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_runtime(
+    config: ParallelConfig, *, rank: int = 0, world: int = 1, init_method: str | None = None
+) -> Runtime:
+    """Join the ranks and choose the device.
+
+    Args:
+        config: degrees; `config.ranks` must equal `world`.
+        rank: this process, from 0.
+        world: number of processes.
+        init_method: where the ranks meet, as torch.distributed takes it ("file://...", or None
+            for the environment that torchrun sets).
+
+    Raises:
+        ValueError: if `world` is not what the degrees were checked for.
+    """
+    if world != config.ranks:
+        raise ValueError(
+            f"parallel.ranks is {config.ranks} but {world} ranks were started; "
+            "start as many, or leave parallel.ranks out"
+        )
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    threads = config.threads or max(1, (os.cpu_count() or 1) // _ranks_here(world))
+    torch.set_num_threads(threads)
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local % torch.cuda.device_count()), "nccl"
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group(
+            backend,
+            init_method=init_method,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=config.timeout),
+        )
+    return Runtime(rank, world, device, make_groups(config))
+
+
+@contextlib.contextmanager
+def running(
+    config: ParallelConfig, *, rank: int = 0, world: int = 1, init_method: str | None = None
+) -> Iterator[Runtime]:
+    """Start a runtime and stop it again."""
+    runtime = start_runtime(config, rank=rank, world=world, init_method=init_method)
+    try:
+        yield runtime
+    finally:
+        runtime.stop()
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Tell whether `device` has units for bf16 products, so that bf16 is faster than fp32."""
+    if device.type != "cpu":
+        return True
+    # private names: torch 2.13 has no public query for these processor features
+    return any(
+        bool(getattr(torch.cpu, name)())
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        if hasattr(torch.cpu, name)
+    )
+
+
+def _ranks_here(world: int) -> int:
+    """Return how many ranks share this machine."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        value = os.environ.get(name, "")
+        if value.isdigit():
+            return max(1, int(value))
+    return world

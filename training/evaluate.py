@@ -1,0 +1,128 @@
+"""Loss of a model on the validation split, over all ranks.
+
+Shapes:  W windows of a pass   S positions
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gatewise.moe.model import Decoder
+from gatewise.parallel.collectives import Group
+from gatewise.routers.api import RoutingContext
+from gatewise.training.config import EvaluationConfig
+from gatewise.training.data import PreparedData
+from gatewise.training.sequences import Windows, validation_windows
+from gatewise.training.step import language_loss
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Sums over scored targets, and what follows from them."""
+
+    nats: float
+    tokens: int
+    text_bytes: int  # that the targets stand for; end-of-text tokens stand for none
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of text; comparable between tokenizers."""
+        return self.nats / math.log(2) / max(self.text_bytes, 1)
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss; infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def record(self) -> dict[str, float]:
+        """Return the values by the names that records use."""
+        return {
+            "val/loss": self.loss,
+            "val/bits_per_byte": self.bits_per_byte,
+            "val/perplexity": self.perplexity,
+            "val/tokens": self.tokens,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder,
+    data: PreparedData,
+    config: EvaluationConfig,
+    *,
+    sequence_length: int,
+    control: Group,
+    device: torch.device,
+) -> Evaluation:
+    """Score every target of the validation split once.
+
+    Nothing is dropped, no noise is drawn, and no balance state changes. All ranks make equally
+    many passes, because experts on other ranks take part in each.
+
+    Args:
+        model: put into evaluation mode, and back.
+        data: its validation split and bytes per token.
+        config: stride, passes, and a limit on targets.
+        sequence_length: inputs of a window.
+        control: all ranks.
+        device: of the model.
+    """
+    tokens = data.validation.tokens
+    if config.tokens is not None:
+        tokens = tokens[: config.tokens + 1]
+    windows = validation_windows(len(tokens), sequence_length, config.stride)
+    token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    step = config.micro * control.size
+    for first in range(0, len(windows), step):
+        mine = range(first + control.rank, min(first + step, len(windows)), control.size)
+        input_WS, target_WS = _read(tokens, windows, mine, config.micro)
+        bytes_here = (
+            torch.where(target_WS >= 0, token_bytes[target_WS.clamp(min=0)], 0).sum().double()
+        )
+        padding_T = torch.zeros(input_WS.shape, dtype=torch.bool)
+        padding_T[len(mine) :] = True
+        context = RoutingContext(padding_T=padding_T.flatten().to(device))
+        target_WS = target_WS.to(device)
+        output = model(input_WS.to(device), context)
+        sums[0] += language_loss(model, output, target_WS)
+        sums[1] += (target_WS >= 0).sum()
+        sums[2] += bytes_here.to(device)
+    if control.handle is not None:
+        dist.all_reduce(sums, group=control.handle)
+    model.train(was_training)
+    nats, count, text_bytes = sums.tolist()
+    return Evaluation(nats, int(count), int(text_bytes))
+
+
+def _read(
+    tokens: "np.ndarray[tuple[int, ...], np.dtype[np.integer]]",  # type: ignore[type-arg]  # any width
+    windows: Windows,
+    chosen: range,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of `chosen` windows, filled up to `size` with unscored rows."""
+    length = int(windows.lengths[0])
+    both_WL = np.zeros((size, length), dtype=np.int64)
+    for row, window in enumerate(chosen):
+        start = int(windows.starts[window])
+        both_WL[row] = tokens[start : start + length]
+    input_WS = torch.from_numpy(both_WL[:, :-1])
+    target_WS = torch.from_numpy(both_WL[:, 1:].copy())
+    for row, window in enumerate(chosen):
+        target_WS[row, : int(windows.first_scored[window])] = -100
+    target_WS[len(chosen) :] = -100
+    return input_WS, target_WS

@@ -1,0 +1,145 @@
+"""A run's checkpoints: what is saved beside the tensors, and how a run goes on from them.
+
+Read first: `checkpointer.py` (files), `state.py` (tensors).
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gatewise.moe.model import Decoder
+from gatewise.parallel.errors import CheckpointError
+from gatewise.parallel.runtime import Runtime
+from gatewise.training.checkpointer import (
+    Checkpointer,
+    find_latest,
+    find_latest_together,
+    load,
+    read_meta,
+    read_rank_state,
+)
+from gatewise.training.config import TrainConfig
+from gatewise.training.data import PreparedData
+from gatewise.training.optim import ShardedAdamW
+from gatewise.training.state import restore_rng, rng_state, training_ranges
+
+__all__ = ["Progress", "RunCheckpoints", "check_tokenizer", "to_plain"]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; one set of integers, independent of the number of ranks."""
+
+    step: int = 0  # optimizer steps, skipped ones included
+    sample: int = 0  # global number of the next training sequence
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+class RunCheckpoints:
+    """Saves and resumes one run.
+
+    Args:
+        config: of the run; `checkpoint` says when, how many, and from where.
+        runtime: this rank.
+        data: its tokenizer must be the checkpoint's.
+        folder: of the run.
+    """
+
+    def __init__(
+        self, config: TrainConfig, runtime: Runtime, data: PreparedData, folder: Path
+    ) -> None:
+        self._config, self._runtime, self._data = config, runtime, data
+        self._folder = folder / "checkpoints"
+        self.resumed_from: str | None = None
+        self._saver = Checkpointer(
+            self._folder,
+            keep_last=config.checkpoint.keep_last,
+            asynchronous=config.checkpoint.asynchronous,
+            group=runtime.groups.checkpoint,
+            timeout_seconds=config.parallel.timeout,
+        )
+
+    def resume(self, model: Decoder, optimizer: ShardedAdamW) -> Progress:
+        """Fill model and optimizer from the run's newest good checkpoint, if it has one.
+
+        Else from `checkpoint.load`, else leave them as they are.
+
+        Raises:
+            CheckpointError: if the checkpoint is of another model or tokenizer.
+        """
+        config = self._config.checkpoint
+        path = None
+        if config.resume:
+            path = find_latest_together(self._folder, group=self._runtime.groups.checkpoint)
+        if path is None and config.load is not None:
+            path = Path(config.load)
+        if path is None:
+            return Progress()
+        meta = read_meta(path)["meta"]
+        check_tokenizer(path, meta, self._data)
+        load(path, training_ranges(model, optimizer), group=self._runtime.groups.checkpoint)
+        optimizer.updates = int(meta["updates"])
+        optimizer.publish()
+        rng = read_rank_state(
+            path, self._runtime.rank, world=self._runtime.world
+        )
+        if rng:
+            restore_rng(rng)
+        self.resumed_from = str(path)
+        return Progress(**{field.name: int(meta[field.name]) for field in fields(Progress)})
+
+    def save(self, model: Decoder, optimizer: ShardedAdamW, progress: Progress) -> None:
+        """Save; with `checkpoint.asynchronous` this blocks for one copy of the state only."""
+        meta = {
+            **dataclasses.asdict(progress),
+            "updates": optimizer.updates,
+            "config": to_plain(self._config),
+            "vocab_size": self._data.tokenizer.vocab_size,
+            "tokenizer": self._data.tokenizer.fingerprint,
+            "data": self._data.fingerprint,
+            "torch": torch.__version__,
+            "time": time.time(),
+        }
+        self._saver.save(
+            progress.step, training_ranges(model, optimizer), meta=meta, rank_state=rng_state()
+        )
+
+    def wait(self) -> None:
+        """Return when the last save is durable; raise what it raised."""
+        self._saver.wait()
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint."""
+        return find_latest(self._folder)
+
+    def close(self) -> None:
+        """Finish the save that is under way."""
+        self._saver.close()
+
+
+def check_tokenizer(path: Path, meta: Mapping[str, Any], data: PreparedData) -> None:
+    """Raise `CheckpointError` unless the checkpoint was trained with this data's tokenizer."""
+    if meta["tokenizer"] != data.tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer (vocabulary {meta['vocab_size']}, "
+            f"fingerprint {meta['tokenizer'][:12]}; the data's has {data.tokenizer.vocab_size}, "
+            f"{data.tokenizer.fingerprint[:12]}); set data.tokenizer_path to the run's "
+            "tokenizer.json, or use another run.dir"
+        )
+
+
+def to_plain(value: Any) -> Any:  # Any: a tree of dataclasses to a tree that JSON can hold
+    """Turn dataclasses and enums into dicts and names."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    return value

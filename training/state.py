@@ -1,0 +1,104 @@
+"""A run's whole state as named ranges of flattened tensors, for checkpoints of any layout.
+
+Names: `model/<parameter>` fp32 master weights, `adam_m/` and `adam_v/` moments, `bias/<router>` the
+balancing biases. A rank lists only what it owns (`parallel/buckets.py`); `checkpoint_format.py`
+puts ranges together.
+"""
+
+import io
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gatewise.moe.model import Decoder, parameter_specs
+from gatewise.parallel.buckets import Bucket
+from gatewise.routers.topk import TopKRouter
+from gatewise.training.checkpoint_format import FlatRange
+from gatewise.training.optim import ShardedAdamW
+
+__all__ = ["model_ranges", "restore_rng", "rng_state", "training_ranges"]
+
+
+def training_ranges(model: Decoder, optimizer: ShardedAdamW) -> dict[str, FlatRange]:
+    """List the ranges of weights, moments and biases that this rank owns.
+
+    The tensors are views: loading into them changes the optimizer; call `optimizer.publish()` after.
+    """
+    ranges = _bias_ranges(model)
+    for index, bucket in enumerate(optimizer.buckets):
+        first, second = optimizer.moments(index)
+        for prefix, flat in (
+            ("model", optimizer.masters[index]),
+            ("adam_m", first),
+            ("adam_v", second),
+        ):
+            ranges |= _owned(bucket, flat, prefix)
+    return ranges
+
+
+def model_ranges(model: Decoder) -> dict[str, FlatRange]:
+    """List the weights and biases of a model without an optimizer; its parameters are fp32."""
+    ranges = _bias_ranges(model)
+    for spec in parameter_specs(model):
+        ranges[f"model/{spec.name}"] = FlatRange(
+            data=spec.local(), start=spec.start, shape=spec.shape
+        )
+    return ranges
+
+
+def rng_state() -> bytes:
+    """Pack the states of Python's, NumPy's and torch's generators on this rank."""
+    buffer = io.BytesIO()
+    states = {
+        "python": repr(random.getstate()),
+        "numpy": repr(_numpy_state()),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    torch.save(states, buffer)
+    return buffer.getvalue()
+
+
+def restore_rng(packed: bytes) -> None:
+    """Undo `rng_state`."""
+    import ast
+
+    states = torch.load(io.BytesIO(packed), weights_only=True)
+    random.setstate(ast.literal_eval(states["python"]))
+    name, keys, position, has_gauss, gauss = ast.literal_eval(states["numpy"])
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _numpy_state() -> tuple[object, ...]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return (name, keys.tolist(), *(float(x) if i == 2 else int(x) for i, x in enumerate(rest)))
+
+
+def _owned(bucket: Bucket, flat: Tensor, prefix: str) -> dict[str, FlatRange]:
+    """Cut the owned slice of a bucket into the parts of its parameters."""
+    owned, ranges = bucket.owned, {}
+    for slot in bucket.slots:
+        start, end = max(slot.offset, owned.start), min(slot.end, owned.stop)
+        if start < end:
+            ranges[f"{prefix}/{slot.spec.name}"] = FlatRange(
+                data=flat[start - owned.start : end - owned.start].detach(),
+                start=slot.spec.start + start - slot.offset,
+                shape=slot.spec.shape,
+            )
+    return ranges
+
+
+def _bias_ranges(model: Decoder) -> dict[str, FlatRange]:
+    return {
+        f"bias/{name}": FlatRange.whole(module.bias_E)
+        for name, module in model.named_modules()
+        if isinstance(module, TopKRouter)
+    }
+
+

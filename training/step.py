@@ -1,0 +1,190 @@
+"""One optimizer step: forward and backward passes over micro-batches, reduction, update.
+
+Every rank's loss is the mean over its own tokens; the whole batch's loss is the mean of these.
+Decisions (clip, skip) are made from numbers that all ranks hold in the same bits, on the device.
+
+Shapes:  B sequences of a micro-batch   S positions   L MoE layers   E experts, all ranks
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatewise.moe.model import Decoder, DecoderOutput
+from gatewise.parallel.dims import Groups
+from gatewise.parallel.reducer import GradientReducer, gradient_squares
+from gatewise.routers.api import NoiseKey, Routing, RoutingContext
+from gatewise.routers.balance import global_balance_loss, update_bias_
+from gatewise.routers.config import BalanceScope, RouterConfig
+from gatewise.routers.topk import TopKRouter
+from gatewise.training.health import HealthMeter
+from gatewise.training.optim import ShardedAdamW
+
+__all__ = ["LABELS", "StepResult", "language_loss", "train_step"]
+
+LABELS = ("dense", "embedding", "router", "expert")
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Device scalars of one step; reading them makes the host wait."""
+
+    loss: Tensor  # language-model loss, nats per token, over the whole batch
+    extra: dict[str, Tensor]  # router losses by name, weighted, summed over layers
+    norms: dict[str, Tensor]  # gradient norms before clipping: total and per label
+    skipped: Tensor  # 1 where loss or gradients were not finite and nothing was updated
+    stop: Tensor  # above 0 where some rank was asked to stop
+
+
+def language_loss(model: Decoder, output: DecoderOutput, target_BS: Tensor) -> Tensor:
+    """Return the sum of -log p(target) in nats over targets that are not -100; fp32."""
+    hidden_TD = output.hidden_BSD.flatten(0, 1)
+    weight = model.output_weight
+    return F.linear_cross_entropy(
+        hidden_TD, weight, target_BS.flatten(), reduction="sum", ignore_index=-100
+    ).float()
+
+
+def train_step(
+    model: Decoder,
+    reducer: GradientReducer,
+    optimizer: ShardedAdamW,
+    micro_batches: Sequence[Tensor],
+    *,
+    router: RouterConfig,
+    groups: Groups,
+    meter: HealthMeter,
+    noise: Sequence[NoiseKey],
+    lr: float,
+    clip: float,
+    stop: bool = False,
+) -> StepResult:
+    """Update the model on one global batch.
+
+    Args:
+        model: in training mode.
+        reducer: of the model's buckets.
+        optimizer: of the same buckets.
+        micro_batches: this rank's token ids, each (B, S + 1), all of one shape.
+        router: its losses and bias.
+        groups: of this rank.
+        meter: gets every routing.
+        noise: one key per micro-batch.
+        lr: learning rate.
+        clip: largest gradient norm; 0 is off.
+        stop: whether this rank was asked to stop; every rank learns of it.
+    """
+    share = 1.0 / len(micro_batches)
+    balance = _GlobalBalance(router, groups)
+    loss = torch.zeros((), device=micro_batches[0].device)
+    extra: dict[str, Tensor] = {}
+    for index, (token_BS, key) in enumerate(zip(micro_batches, noise, strict=True)):
+        reducer.begin(reduce=index + 1 == len(micro_batches))
+        output = model(token_BS[:, :-1], RoutingContext(noise=key))
+        mean = language_loss(model, output, token_BS[:, 1:]) / token_BS[:, 1:].numel()
+        parts = _sum_losses(output.routings)
+        if output.routings:
+            parts |= balance.add(output.routings)
+        total = mean + sum(parts.values(), torch.zeros((), device=mean.device))
+        (total * share).backward()
+        loss += mean.detach() * share
+        for name, part in parts.items():
+            extra[name] = extra.get(name, 0) + part.detach() * share
+        meter.add(output.routings)
+    reducer.finish()
+    asked = loss.new_tensor(float(stop))
+    loss, asked, extra, norms = _reduce_scalars(reducer, loss, asked, extra, groups)
+    finite = torch.isfinite(norms["total"]) & torch.isfinite(loss)
+    skipped = (~finite).float()
+    # gradients are sums over ranks: one scale divides by their number and clips
+    factor = (norms["total"] / clip).clamp(min=1.0) if clip else torch.ones_like(loss)
+    scale = torch.where(finite, factor, 1.0) * reducer.divisor
+    optimizer.step(lr, scale=scale, skip=skipped)
+    reducer.clear()
+    if router.bias_rate and balance.count_LE is not None:
+        _update_biases(model, balance.count_LE, rate=router.bias_rate, finite=finite)
+    return StepResult(loss, extra, norms, skipped, asked)
+
+
+class _GlobalBalance:
+    """Counts over ranks and micro-batches of one optimizer step, one collective a micro-batch."""
+
+    def __init__(self, router: RouterConfig, groups: Groups) -> None:
+        self._coefficient = (
+            router.balance_loss if router.balance_scope is BalanceScope.global_batch else 0.0
+        )
+        self._needed = bool(self._coefficient or router.bias_rate)
+        self._groups = groups
+        self.count_LE: Tensor | None = None
+        self._tokens = torch.zeros(())
+
+    def add(self, routings: Sequence[Routing]) -> dict[str, Tensor]:
+        """Count a micro-batch; return its part of the global-batch loss, if there is one."""
+        if not self._needed:
+            return {}
+        loads = [routing.load for routing in routings]
+        count_LE = torch.stack([load.count_E for load in loads if load is not None])
+        first = loads[0]
+        assert first is not None
+        packed = torch.cat((count_LE.flatten(), first.tokens.view(1)))
+        if self._groups.control.handle is not None:
+            dist.all_reduce(packed, group=self._groups.control.handle)
+        batch_tokens = packed[-1]
+        if self.count_LE is None:
+            self.count_LE, self._tokens = torch.zeros_like(count_LE), torch.zeros_like(batch_tokens)
+        self.count_LE = self.count_LE + packed[:-1].view_as(count_LE)
+        self._tokens = self._tokens + batch_tokens
+        if not self._coefficient:
+            return {}
+        # scores are this micro-batch's, counts all of the step's so far: rescale them alike
+        loss = global_balance_loss(
+            torch.stack([load.score_E for load in loads if load is not None]),
+            self.count_LE * (batch_tokens / self._tokens),
+            tokens=batch_tokens,
+            top_k=routings[0].expert_TK.shape[1],
+            ranks=self._groups.ranks,
+        )
+        return {"balance": self._coefficient * loss}
+
+
+def _sum_losses(routings: Sequence[Routing]) -> dict[str, Tensor]:
+    """Sum each named loss over layers."""
+    parts: dict[str, Tensor] = {}
+    for routing in routings:
+        for name, value in routing.losses.items():
+            parts[name] = parts[name] + value if name in parts else value
+    return parts
+
+
+def _reduce_scalars(
+    reducer: GradientReducer, loss: Tensor, asked: Tensor, extra: dict[str, Tensor], groups: Groups
+) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Average losses over ranks and complete the gradient norms, in one collective."""
+    squares = gradient_squares(reducer.buckets)
+    zero = loss.new_zeros(())
+    scalars = [asked, loss, *extra.values(), *(squares.get(label, zero) for label in LABELS)]
+    packed = torch.stack([scalar.double() for scalar in scalars])
+    if groups.control.handle is not None:
+        dist.all_reduce(packed, group=groups.control.handle)
+    count = 2 + len(extra)
+    means = (packed[:count] / groups.ranks).float()
+    label_squares = packed[count:]
+    norms = {
+        label: (label_squares[index].sqrt() / reducer.divisor).float()
+        for index, label in enumerate(LABELS)
+        if label in squares
+    }
+    norms["total"] = (label_squares.sum().sqrt() / reducer.divisor).float()
+    return means[1], means[0], dict(zip(extra, means[2:], strict=True)), norms
+
+
+def _update_biases(model: Decoder, count_LE: Tensor, *, rate: float, finite: Tensor) -> None:
+    for layer, count_E in zip(model.moe_layers(), count_LE, strict=True):
+        if isinstance(layer.router, TopKRouter):
+            before_E = layer.router.bias_E.clone()
+            update_bias_(layer.router.bias_E, count_E, rate=rate)
+            layer.router.bias_E.copy_(torch.where(finite, layer.router.bias_E, before_E))

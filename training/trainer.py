@@ -1,0 +1,345 @@
+"""A training run from top to bottom: build, resume, loop, evaluate, save.
+
+Read first: `step.py` (one optimizer step), `state.py` (what a checkpoint holds), `config.py`.
+Every rank runs this file; rank 0 alone writes records.
+"""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatewise.moe.config import count_parameters
+from gatewise.moe.model import Decoder, parameter_specs
+from gatewise.moe.parallelize import build_model, write_gradients_directly
+from gatewise.parallel.buckets import make_buckets
+from gatewise.parallel.reducer import GradientReducer
+from gatewise.parallel.runtime import Runtime, multiplies_bf16
+from gatewise.routers.api import NoiseKey
+from gatewise.training.config import Precision, TrainConfig
+from gatewise.training.data import PreparedData
+from gatewise.training.evaluate import Evaluation, evaluate
+from gatewise.training.health import HealthMeter
+from gatewise.training.optim import ShardedAdamW, learning_rate
+from gatewise.training.resume import Progress, RunCheckpoints
+from gatewise.training.sequences import SequenceOrder, read_batch
+from gatewise.training.sinks import MetricSink
+from gatewise.training.step import StepResult, train_step
+
+__all__ = ["NonfiniteError", "Trainer", "resolve_dtype", "train"]
+
+_log = logging.getLogger(__name__)
+
+
+class NonfiniteError(RuntimeError):
+    """Loss or gradients stayed NaN or infinite for too many steps."""
+
+
+def train(
+    config: TrainConfig,
+    runtime: Runtime,
+    data: PreparedData,
+    folder: Path,
+    sinks: Sequence[MetricSink],
+) -> dict[str, Any]:
+    """Run training as `config` says and return what `result.json` shall hold.
+
+    Args:
+        config: checked settings; `parallel.ranks` equals the number of ranks.
+        runtime: this rank.
+        data: tokens and tokenizer.
+        folder: the run's folder; checkpoints go below it.
+        sinks: get one record per logged step and evaluation; empty on ranks other than 0.
+
+    Raises:
+        NonfiniteError: after `nonfinite.max_consecutive` skipped steps in a row; the last
+            checkpoint is intact.
+        CheckpointError: if a checkpoint cannot be read or written.
+    """
+    trainer = Trainer(config, runtime, data, folder, sinks)
+    try:
+        with _stop_signals(trainer):
+            return trainer.fit()
+    finally:
+        trainer.close()
+
+
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the type of forward and backward arithmetic."""
+    if precision is Precision.auto:
+        return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Time spent in training steps, evaluation and saving left out."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Trainer:
+    """Holds the objects of one run; `fit` is the run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        data: PreparedData,
+        folder: Path,
+        sinks: Sequence[MetricSink],
+    ) -> None:
+        self.config, self.runtime, self.data, self.sinks = config, runtime, data, sinks
+        self.stop_requested = False
+        torch.manual_seed(config.seed + runtime.rank)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        groups = runtime.groups
+        vocab_size = data.tokenizer.vocab_size
+        self.model: Decoder = build_model(
+            config.model,
+            config.router,
+            vocab_size=vocab_size,
+            group=groups.expert,
+            device=runtime.device,
+            dtype=resolve_dtype(config.precision, runtime.device),
+            seed=config.seed,
+        )
+        self.model.recompute = config.recompute
+        self.counts = count_parameters(config.model, vocab_size)
+        buckets = make_buckets(parameter_specs(self.model), groups)
+        self.reducer = GradientReducer(buckets, ranks=runtime.world)
+        self.optimizer = ShardedAdamW(buckets, config.optim)
+        write_gradients_directly(self.model, self.reducer)
+        self.order = SequenceOrder(
+            len(data.train.tokens), config.data.sequence_length, config.seed
+        )
+        self.meter = HealthMeter(
+            len(self.model.moe_layers()),
+            config.model.num_experts,
+            config.model.top_k,
+            runtime.device,
+        )
+        self.checkpoints = RunCheckpoints(config, runtime, data, folder)
+        self.progress = Progress()
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last step, evaluate, save; return the run's results."""
+        config = self.config
+        self.progress = self.checkpoints.resume(self.model, self.optimizer)
+        clock, window = _Clock(), _Clock()
+        losses = _Window(self.runtime.device)
+        for sink in self.sinks:
+            sink.resume(self.progress.step)
+        self.model.train()
+        result: StepResult | None = None
+        evaluation: Evaluation | None = None
+        stopped = False
+        while self.progress.step < config.steps and not stopped:
+            began = time.perf_counter()
+            result = self._step()
+            losses.add(result)
+            step = self.progress.step
+            tokens = config.batch.sequences * config.data.sequence_length
+            logged = step % config.log_every == 0 or step == config.steps
+            # reading scalars makes the host wait; in between, one step may be under way
+            stopped = self._inspect(losses)
+            for timer in (clock, window):
+                timer.seconds += time.perf_counter() - began
+                timer.tokens += tokens
+            if logged:
+                self._write(self._training_record(result, losses, window))
+                window, losses.mean = _Clock(), losses.mean.zero_()
+            if config.evaluation.every and step % config.evaluation.every == 0:
+                evaluation = self.evaluate()
+                self._write({"step": step, **evaluation.record()})
+            due = config.checkpoint.every and step % config.checkpoint.every == 0
+            if due or stopped or step == config.steps:
+                self.checkpoints.save(self.model, self.optimizer, self.progress)
+        self.checkpoints.wait()
+        step_evaluated = config.evaluation.every and self.progress.step % config.evaluation.every
+        if not stopped and (evaluation is None or step_evaluated != 0):
+            evaluation = self.evaluate()
+            self._write({"step": self.progress.step, **evaluation.record()})
+        return self._results(result, evaluation, clock, stopped=stopped)
+
+    def evaluate(self) -> Evaluation:
+        """Score the validation split."""
+        return evaluate(
+            self.model,
+            self.data,
+            self.config.evaluation,
+            sequence_length=self.config.data.sequence_length,
+            control=self.runtime.groups.control,
+            device=self.runtime.device,
+        )
+
+    def close(self) -> None:
+        """Finish saves that are under way."""
+        self.checkpoints.close()
+
+    def _step(self) -> StepResult:
+        config, progress = self.config, self.progress
+        micro_batches, noise = self._read_micro_batches()
+        result = train_step(
+            self.model,
+            self.reducer,
+            self.optimizer,
+            micro_batches,
+            router=config.router,
+            groups=self.runtime.groups,
+            meter=self.meter,
+            noise=noise,
+            lr=learning_rate(config.optim, progress.step, config.steps),
+            clip=config.optim.clip,
+            stop=self.stop_requested,
+        )
+        progress.step += 1
+        progress.sample += config.batch.sequences
+        progress.tokens += config.batch.sequences * config.data.sequence_length
+        return result
+
+    def _read_micro_batches(self) -> tuple[list[Tensor], list[NoiseKey]]:
+        """Read this rank's consecutive share of the step's samples, cut into micro-batches."""
+        config = self.config
+        share = config.batch.sequences // self.runtime.world
+        micro = config.batch.micro or share
+        first = self.progress.sample + self.runtime.rank * share
+        batches, keys = [], []
+        for start in range(first, first + share, micro):
+            indices = range(start, start + micro)
+            batch = read_batch(self.data.train, self.order, indices)
+            batches.append(batch.to(self.runtime.device, non_blocking=True))
+            keys.append(NoiseKey(config.seed, self.progress.step, tuple(indices)))
+        return batches, keys
+
+    def _inspect(self, losses: "_Window") -> bool:
+        """Look at the last step's flags: raise if it is one skip too many, tell whether to stop."""
+        skipped, stop = losses.flags()
+        progress = self.progress
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+        progress.skipped += int(skipped)
+        limit = self.config.nonfinite.max_consecutive
+        if progress.skipped_in_a_row >= limit:
+            self.checkpoints.wait()
+            kept = self.checkpoints.newest()
+            raise NonfiniteError(
+                f"loss or gradients were not finite in {limit} steps in a row, up to step "
+                f"{progress.step}; these steps were skipped. "
+                f"Last good checkpoint: {kept or 'none'}. Lower optim.lr or optim.clip, use "
+                "precision=fp32, or raise nonfinite.max_consecutive"
+            )
+        if skipped:
+            _log.warning(
+                "step %d skipped: loss or gradients not finite (%d in a row)",
+                progress.step,
+                progress.skipped_in_a_row,
+            )
+        return stop
+
+    def _training_record(
+        self, result: StepResult, losses: "_Window", window: _Clock
+    ) -> dict[str, Any]:
+        config, step = self.config, self.progress.step
+        health = self.meter.drain(self.runtime.groups.control, self.reducer)
+        record: dict[str, Any] = {
+            "step": step,
+            "steps": config.steps,
+            "train/loss": float(result.loss),
+            "train/loss_mean": float(losses.mean[0] / losses.mean[1].clamp(min=1)),
+            "train/lr": learning_rate(config.optim, step - 1, config.steps),
+            "train/grad_norm": float(result.norms["total"]),
+            "train/tokens": self.progress.tokens,
+            "train/epoch": self.progress.sample / self.order.sequences_per_epoch,
+            "train/skipped_steps": self.progress.skipped,
+            "train/tokens_per_second": window.rate(),
+        }
+        record |= {f"train/{name}_loss": float(value) for name, value in result.extra.items()}
+        record |= {
+            f"grad/{label}_norm": float(norm)
+            for label, norm in result.norms.items()
+            if label != "total"
+        }
+        return record | health
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+    def _results(
+        self,
+        result: StepResult | None,
+        evaluation: Evaluation | None,
+        clock: _Clock,
+        *,
+        stopped: bool,
+    ) -> dict[str, Any]:
+        newest = self.checkpoints.newest()
+        return {
+            "steps": self.progress.step,
+            "tokens": self.progress.tokens,
+            "train_loss": float(result.loss) if result else None,
+            "val_loss": evaluation.loss if evaluation else None,
+            "val_bits_per_byte": evaluation.bits_per_byte if evaluation else None,
+            "tokens_per_second": clock.rate(),
+            "train_seconds": clock.seconds,
+            "skipped_steps": self.progress.skipped,
+            "resumed_from": self.checkpoints.resumed_from,
+            "checkpoint": str(newest) if newest else None,
+            "parameters": self.counts.total,
+            "active_parameters": self.counts.active,
+            "router_parameters": self.counts.router,
+            "stopped": stopped,
+        }
+
+
+class _Window:
+    """Device-side sums of a logging window, and the last step's flags."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.mean = torch.zeros(2, device=device)  # sum of finite losses, and their number
+        self._flags = torch.zeros(2, device=device)
+
+    def add(self, result: StepResult) -> None:
+        """Take one step."""
+        kept = 1 - result.skipped
+        self.mean += torch.stack((torch.where(kept > 0, result.loss, 0.0), kept))
+        self._flags = torch.stack((result.skipped, result.stop))
+
+    def flags(self) -> tuple[bool, bool]:
+        """Return (skipped, stop) of the last step; the host waits for that step."""
+        skipped, stop = self._flags.tolist()
+        return bool(skipped), bool(stop)
+
+
+@contextmanager
+def _stop_signals(trainer: Trainer) -> Iterator[None]:
+    """Let SIGTERM, SIGUSR1 and SIGUSR2 ask for a save and an orderly end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def request(signum: int, frame: object) -> None:
+        trainer.stop_requested = True
+
+    signals = [signal.SIGTERM]
+    signals += [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+    before = {number: signal.signal(number, request) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
