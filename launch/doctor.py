@@ -1,0 +1,186 @@
+"""`gatewise doctor`: what this installation can do, what is missing and how to get it."""
+
+import importlib.metadata
+import importlib.util
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gatewise.conf.compose import load_settings
+from gatewise.conf.fields import field_table
+from gatewise.launch import machine
+from gatewise.launch.run_folder import RunFolder
+from gatewise.launch.session import run_session
+from gatewise.launch.usage import usage_text
+from gatewise.training.config import RunConfig
+
+__all__ = ["run", "usage"]
+
+
+@dataclass(kw_only=True, slots=True)
+class DoctorConfig:
+    """Settings of the doctor."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class _Optional:
+    """A package that gatewise uses where it is installed."""
+
+    name: str  # of the distribution
+    module: str
+    gives: str
+    command: str
+
+
+_OPTIONAL = (
+    _Optional("wandb", "wandb", "records in Weights & Biases", "pip install -e '.[wandb]'"),
+    _Optional("deepspeed", "deepspeed", "ZeRO and a peer", "pip install -e '.[deepspeed]'"),
+    _Optional("megatron-core", "megatron.core", "a peer", "pip install -e '.[megatron]'"),
+    _Optional("transformers", "transformers", "checks, a peer", "pip install -e '.[hf]'"),
+    _Optional("datasets", "datasets", "data.hf", "pip install datasets"),
+    _Optional("plotly", "plotly", "HTML reports", "pip install -e '.[report]'"),
+    _Optional("ninja", "ninja", "quicker builds of C++ kernels", "pip install ninja"),
+)
+
+
+def usage(arguments: Sequence[str]) -> str:
+    """Return the help of the command."""
+    return usage_text(
+        "doctor",
+        "Show versions, processor, backends and optional packages.",
+        field_table(load_settings(DoctorConfig, arguments)),
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the findings and store them in `result.json`; finding something missing is no error."""
+    config = load_settings(DoctorConfig, arguments)
+    folder = RunFolder.choose(config.run.dir, "doctor")
+    return run_session("doctor", folder, _examine)
+
+
+def _examine() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "versions": machine.versions(),
+        "cpu": machine.cpu_model(),
+        "cores": machine.available_cores(),
+        "memory_mb": machine.memory_mb(),
+        "cpu_features": machine.cpu_features(),
+        "allocator": machine.allocator(),
+        "compiler": _compiler(),
+        "backends": _backends(),
+        "optional": {package.name: _look_for(package) for package in _OPTIONAL},
+    }
+    found["optional"]["apex"] = _look_for_apex()
+    _show(found)
+    return found
+
+
+def _compiler() -> str | None:
+    """Return the C++ compiler that kernels would be built with."""
+    for name in ("c++", "g++", "clang++"):
+        path = shutil.which(name)
+        if path:
+            return path
+    return None
+
+
+def _backends() -> dict[str, Any]:
+    """Ask torch what it was built with; the only place of this command that imports it."""
+    try:
+        import torch
+        import torch.distributed as dist
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
+        return {"error": f"torch cannot be imported: {' '.join(str(error).split())}"}
+    available = dist.is_available()
+    return {
+        "gloo": available and dist.is_gloo_available(),
+        "nccl": available and dist.is_nccl_available(),
+        "mpi": available and dist.is_mpi_available(),
+        "cuda": torch.version.cuda,
+        "gpus": _gpus(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn": torch.backends.mkldnn.is_available(),
+        "openmp": torch.backends.openmp.is_available(),
+    }
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    if not torch.accelerator.is_available():
+        return []
+    module = torch.get_device_module(torch.accelerator.current_accelerator())
+    return [str(module.get_device_name(n)) for n in range(torch.accelerator.device_count())]
+
+
+def _look_for(package: _Optional) -> dict[str, Any]:
+    found: dict[str, Any] = {"version": _version(package.name), "gives": package.gives}
+    try:
+        found["importable"] = importlib.util.find_spec(package.module) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        found["importable"] = False
+    if not found["importable"]:
+        found["install"] = package.command
+    return found
+
+
+def _look_for_apex() -> dict[str, Any]:
+    """Tell NVIDIA's Apex, which is built from source, from PyPI's package of the same name."""
+    found: dict[str, Any] = {"version": _version("apex"), "gives": "NVIDIA's fused optimizers"}
+    spec = importlib.util.find_spec("apex")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found["importable"] = any((Path(folder) / "optimizers").is_dir() for folder in folders)
+    if spec and not found["importable"]:
+        found["problem"] = "an unrelated package named apex (from PyPI) is installed"
+        found["install"] = "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex"
+    elif not found["importable"]:
+        found["install"] = "build from github.com/NVIDIA/apex; never `pip install apex`"
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    memory = found["memory_mb"]
+    features = [name for name, present in found["cpu_features"].items() if present]
+    rows = [(name, version or "MISSING") for name, version in found["versions"].items()]
+    rows += [
+        ("processor", found["cpu"]),
+        ("cores", found["cores"]),
+        ("memory", f"{memory['total']} MiB, {memory['available']} MiB free"),
+        ("features", ", ".join(features) or "none known"),
+        ("bf16 units", "yes" if {"amx_bf16", "avx512_bf16", "bf16"} & set(features) else "no"),
+        ("allocator", found["allocator"]),
+        ("compiler", found["compiler"] or "none: kernels fall back to torch (install g++)"),
+    ]
+    for name, value in found["backends"].items():
+        rows.append((name, _shown(value)))
+    for name, value in rows:
+        print(f"{name:<16}{value}")
+    print("\noptional packages")
+    for name, package in found["optional"].items():
+        state = package["version"] or "present" if package["importable"] else "missing"
+        text = f"{name:<16}{state:<12}{package['gives']}"
+        if "problem" in package:
+            text += f"; {package['problem']}"
+        if "install" in package:
+            text += f" -> {package['install']}"
+        print(text)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

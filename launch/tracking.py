@@ -1,0 +1,73 @@
+"""Choose the sinks of a run: the file always, the console, W&B where it is installed."""
+
+import importlib.util
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from omegaconf import OmegaConf
+
+from gatewise.training.config import TrainConfig, WandbMode
+from gatewise.training.console import ConsoleSink
+from gatewise.training.sinks import JsonlSink, MetricSink
+from gatewise.training.wandb_sink import WandbSink, check_wandb
+
+__all__ = ["check_tracking", "make_sinks", "wandb_mode"]
+
+
+def check_tracking(config: TrainConfig) -> None:
+    """Raise `ConfigError` for a sink that was asked for and cannot be had."""
+    check_wandb(config.wandb)
+
+
+def make_sinks(config: TrainConfig, folder: Path) -> list[MetricSink]:
+    """Return the sinks of rank 0.
+
+    Args:
+        config: the whole settings.
+        folder: of the run.
+    """
+    sinks: list[MetricSink] = [JsonlSink(folder / "metrics.jsonl"), ConsoleSink(config.steps)]
+    mode = wandb_mode(config.wandb.mode, os.environ)
+    if mode is not WandbMode.off:
+        settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+        assert isinstance(settings, dict)
+        sinks.append(
+            WandbSink(
+                config.wandb,
+                name=config.name,
+                folder=folder,
+                settings={str(key): value for key, value in settings.items()},
+                offline=mode is WandbMode.offline,
+            )
+        )
+    return sinks
+
+
+def wandb_mode(setting: WandbMode, environ: Mapping[str, str]) -> WandbMode:
+    """Resolve `auto`: off without the package, online with a key, offline without one.
+
+    WANDB_MODE in the environment (online, offline, disabled) decides before a key does.
+    """
+    if setting is not WandbMode.auto:
+        return setting
+    if importlib.util.find_spec("wandb") is None:
+        return WandbMode.off
+    asked = environ.get("WANDB_MODE", "")
+    if asked in ("offline", "dryrun"):
+        return WandbMode.offline
+    if asked == "disabled":
+        return WandbMode.off
+    return WandbMode.online if asked == "online" or _has_key(environ) else WandbMode.offline
+
+
+def _has_key(environ: Mapping[str, str]) -> bool:
+    if environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
