@@ -4,17 +4,25 @@ Pure functions without autograd: the MoE layer calls them inside its own autogra
 backward pass is two functions, because a scheduler may run the gradient of the data, on which
 another rank waits, before the gradient of the weights, on which nobody waits.
 
+Two engines do the products. Torch's grouped product serves every device, and CPUs whose bfloat16
+units torch's library knows how to use. Everywhere else on a CPU our own kernel (`native.py`)
+computes in fp32, whatever the numbers are stored in: it fuses the activation, reads each weight
+once per block of rows, and spreads the experts over the threads.
+
 Read first: `reference.py`, the same arithmetic one row at a time.
 
 Shapes:  R rows, sorted by local expert   e local experts   D model width   F expert width
          G rows of the first weight: 2F with a gate (swiglu; gate rows first), else F
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gatewise.moe.config import Activation
+from gatewise.moe.ops.native import Kernels, kernels_for
 
 __all__ = ["ffn_backward", "ffn_backward_data", "ffn_backward_weights", "ffn_forward"]
 
@@ -41,6 +49,11 @@ def ffn_forward(
     Returns:
         The outputs (R, D) and the tensors that the backward pass needs.
     """
+    kernels = _kernels_for_products(x_RD)
+    if kernels is not None:
+        weights = (w_in_eGD.contiguous(), w_out_eDF.contiguous())
+        y_RD, hidden = kernels.ffn_forward(x_RD.contiguous(), end_e, weights, activation)
+        return y_RD, (hidden,)
     hidden_RG = _rows_times_weight(x_RD, w_in_eGD.transpose(1, 2), end_e, count_list)
     inner_RF = _activate(hidden_RG, activation)
     y_RD = _rows_times_weight(inner_RF, w_out_eDF.transpose(1, 2), end_e, count_list)
@@ -115,6 +128,13 @@ def ffn_backward_data(  # noqa: PLR0917 - the operands of one kernel
         dx (R, D), and the pair (gradient of the first product, inner activations).
     """
     (hidden_RG,) = saved
+    kernels = _kernels_for_products(dy_RD)
+    if kernels is not None:
+        weights = (w_in_eGD.contiguous(), w_out_eDF.contiguous())
+        dx_RD, *work = kernels.ffn_backward_data(
+            dy_RD.contiguous(), end_e, weights, activation, hidden_RG, need_dx=need_dx
+        )
+        return dx_RD, (work[0], work[1])
     dinner_RF = _rows_times_weight(dy_RD.contiguous(), w_out_eDF, end_e, count_list)
     dhidden_RG, inner_RF = _activate_backward(dinner_RF, hidden_RG, activation)
     dx_RD = _rows_times_weight(dhidden_RG, w_in_eGD, end_e, count_list) if need_dx else None
@@ -153,6 +173,22 @@ def ffn_backward_weights(  # noqa: PLR0917 - the operands of one kernel
     """
     dhidden_RG, inner_RF = work
     dy_RD = dy_RD.contiguous()
+    kernels = _kernels_for_products(dy_RD)
+    if kernels is not None:
+        if dw_in_eGD is None or dw_out_eDF is None:
+            dw_in_eGD = torch.empty_like(w_in_eGD, memory_format=torch.contiguous_format)
+            dw_out_eDF = torch.empty_like(w_out_eDF, memory_format=torch.contiguous_format)
+            accumulate = False
+        kernels.ffn_backward_weights(
+            dy_RD,
+            x_RD.contiguous(),
+            end_e,
+            (w_in_eGD, w_out_eDF),
+            work,
+            (dw_in_eGD, dw_out_eDF),
+            accumulate=accumulate,
+        )
+        return dw_in_eGD, dw_out_eDF
     dw_in_eGD = _weight_gradient(
         dhidden_RG, x_RD, end_e, w_in_eGD, dw_in_eGD, accumulate, count_list
     )
@@ -162,8 +198,29 @@ def ffn_backward_weights(  # noqa: PLR0917 - the operands of one kernel
     return dw_in_eGD, dw_out_eDF
 
 
+def _kernels_for_products(x: Tensor) -> Kernels | None:
+    """Return the kernels where they are faster than torch's products."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _has_bf16_units():
+        return None
+    return kernels_for(x)
+
+
+@functools.lru_cache(maxsize=1)
+def _has_bf16_units() -> bool:
+    """Tell whether this CPU multiplies bfloat16 in hardware, so that torch's products do."""
+    probes = (
+        getattr(torch.cpu, name, None)  # private, so it may go
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    return any(probe is not None and bool(probe()) for probe in probes)
+
+
 def _activate(hidden_RG: Tensor, activation: Activation) -> Tensor:
     """Return the inner activations (R, F), rounded once to the dtype of the input."""
+    kernels = kernels_for(hidden_RG)
+    if kernels is not None:
+        gated = activation is Activation.swiglu
+        return kernels.activate(hidden_RG, activation, hidden_RG.shape[1] // (2 if gated else 1))
     if activation is Activation.swiglu:
         gate_RF, up_RF = hidden_RG.chunk(2, dim=1)
         return F.silu(gate_RF).mul_(up_RF)
@@ -176,6 +233,9 @@ def _activate_backward(
     dinner_RF: Tensor, hidden_RG: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of the first product (R, G) and the recomputed activations (R, F)."""
+    kernels = kernels_for(hidden_RG)
+    if kernels is not None:
+        return kernels.activate_backward(dinner_RF, hidden_RG, activation)
     if activation is Activation.swiglu:
         gate_RF, up_RF = hidden_RG.chunk(2, dim=1)
         sigmoid_RF = gate_RF.sigmoid()

@@ -1,6 +1,7 @@
 """Sorting of (token, choice) pairs by expert, and moving rows there and back.
 
-Pure functions without autograd; each backward is a function of its own.
+Pure functions without autograd; each backward is a function of its own. On a CPU with a compiler
+C++ kernels do the work (`native.py`); the plain torch versions here do it everywhere else.
 
 Shapes:  T tokens   K experts per token   N pairs that are kept, at most T * K   E experts
          D model width
@@ -8,6 +9,8 @@ Shapes:  T tokens   K experts per token   N pairs that are kept, at most T * K  
 
 import torch
 from torch import Tensor
+
+from gatewise.moe.ops.native import kernels_for, load_kernels
 
 __all__ = [
     "combine_rows",
@@ -32,6 +35,9 @@ def sort_pairs(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
         inverse_TK: position of each pair; -1 for a dropped one.
         count_E: int64, kept pairs per expert.
     """
+    kernels = load_kernels() if expert_TK.device.type == "cpu" else None
+    if kernels is not None:
+        return kernels.sort_pairs(expert_TK.contiguous(), num_experts)
     top_k = expert_TK.shape[1]
     flat_M = expert_TK.reshape(-1)
     key_M = torch.where(flat_M < 0, num_experts, flat_M)
@@ -47,6 +53,9 @@ def sort_pairs(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 
 def gather_rows(x_TD: Tensor, token_N: Tensor) -> Tensor:
     """Return one row per pair: `x_TD[token_N]`."""
+    kernels = kernels_for(x_TD)
+    if kernels is not None:
+        return kernels.gather_rows(x_TD.contiguous(), token_N.contiguous())
     return x_TD.index_select(0, token_N)
 
 
@@ -92,6 +101,11 @@ def combine_rows_backward(
     Returns:
         dy_ND of the dtype of `y_ND`, and dweight_TK of the dtype of `weight_TK`.
     """
+    kernels = kernels_for(y_ND)
+    if kernels is not None and weight_TK.dtype == torch.float32:
+        return kernels.combine_backward(
+            *(x.contiguous() for x in (dy_TD, y_ND, inverse_TK, weight_TK))
+        )
     num_tokens, top_k = inverse_TK.shape
     wide = torch.promote_types(y_ND.dtype, torch.float32)
     dy_rows_ND = dy_TD.index_select(0, order_N // max(top_k, 1)).to(wide)
@@ -105,6 +119,10 @@ def combine_rows_backward(
 
 def _sum_rows(y_ND: Tensor, inverse_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
     """Sum `weight * y[inverse]` over the choices, first to last, wide, rounded once."""
+    kernels = kernels_for(y_ND)
+    if kernels is not None and (weight_TK is None or weight_TK.dtype == torch.float32):
+        weight_TK = None if weight_TK is None else weight_TK.contiguous()
+        return kernels.sum_rows(y_ND.contiguous(), inverse_TK.contiguous(), weight_TK)
     num_tokens, top_k = inverse_TK.shape
     wide = torch.promote_types(y_ND.dtype, torch.float32)
     total_TD = torch.zeros(num_tokens, y_ND.shape[1], dtype=wide, device=y_ND.device)
