@@ -133,7 +133,7 @@ def test_files_that_are_not_text_are_left_out_of_a_folder_and_counted_once(
 ) -> None:
     _write_files(tmp_path, 4)
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
-    (tmp_path / "old.txt").write_bytes("caf\u00e9".encode("latin1"))
+    (tmp_path / "old.txt").write_bytes("na\u00efve".encode("latin1"))
     (tmp_path / "empty.txt").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         train, validation = _split(find_corpus(DataConfig(path=str(tmp_path), validation_every=2)))

@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> DataConfig:
     folder = tmp_path / "text"
     folder.mkdir()
     for index in range(8):
-        (folder / f"{index}.txt").write_text(f"some caf\u00e9 text, number {index}\n" * 20)
+        (folder / f"{index}.txt").write_text(f"some \u00e9t\u00e9 text, number {index}\n" * 20)
     return DataConfig(
         path=str(folder), cache=str(tmp_path / "cache"), validation_every=4, sequence_length=32
     )
