@@ -25,6 +25,7 @@ __all__ = [
     "group_choices",
     "load_settings",
     "load_train_config",
+    "override_config",
 ]
 
 Settings = TypeVar("Settings")
@@ -50,6 +51,39 @@ def load_train_config(overrides: Sequence[str] = ()) -> TrainConfig:
     config = _to_object(tree)
     assert isinstance(config, TrainConfig)
     return config
+
+
+def override_config(
+    config: TrainConfig, overrides: Sequence[str], *, sections: Sequence[str]
+) -> TrainConfig:
+    """Return a run's settings with single fields changed, for a command that reuses them.
+
+    Args:
+        config: settings of the run.
+        overrides: `field=value`, as on the command line.
+        sections: names of the fields that may change, and of sections whose fields may.
+
+    Raises:
+        ConfigError: as `load_train_config`, or if another field is named.
+    """
+    table = _table(config.router.kind)
+    changeable = {
+        name: field
+        for name, field in table.items()
+        if name in sections or name.partition(".")[0] in sections
+    }
+    tree = OmegaConf.structured(config)
+    for text in overrides:
+        name, value = parse_override(text, table)
+        if name not in changeable:
+            raise ConfigError(
+                f"{name} is the checkpoint's and cannot be changed here; these fields can: "
+                + ", ".join(changeable)
+            )
+        _set_field(tree, table[name], value)
+    changed = _to_object(tree)
+    assert isinstance(changed, TrainConfig)
+    return changed
 
 
 def load_settings(schema: type[Settings], overrides: Sequence[str] = ()) -> Settings:

@@ -22,7 +22,7 @@ from typing import IO, Any
 from gatewise.launch.machine import environment
 from gatewise.parallel.errors import ConfigError
 
-__all__ = ["RunFolder", "json_value"]
+__all__ = ["RunFolder", "json_value", "writable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +73,23 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Store the resolved settings; keep an older, different file under a number."""
         file = self.path / "config.yaml"
-        with _writable(self.path):
-            if file.exists() and file.read_text() != text:
-                number = 1
-                while (self.path / f"config.{number}.yaml").exists():
-                    number += 1
-                file.replace(self.path / f"config.{number}.yaml")
+        with writable(self.path):
+            if file.exists() and file.read_text(encoding="utf-8") != text:
+                _set_aside(file)
             _replace(file, text)
 
     def write_environment(self, command_line: list[str]) -> None:
         """Store what is known of the machine, the versions and the command."""
-        with _writable(self.path):
+        with writable(self.path):
             text = json.dumps(environment(command_line), indent=2)
             _replace(self.path / "environment.json", text + "\n")
 
     def write_result(self, result: Mapping[str, Any]) -> Path:
-        """Store the outcome in one piece and return the file's path."""
+        """Store the outcome in one piece and return the file's path; keep an older one aside."""
         text = json.dumps({key: json_value(value) for key, value in result.items()}, indent=2)
-        with _writable(self.path):
+        with writable(self.path):
+            if self.result.exists():
+                _set_aside(self.result)
             _replace(self.result, text + "\n")
         return self.result
 
@@ -101,8 +100,8 @@ class RunFolder:
 
 
 @contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into one line for the user."""
+def writable(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write below a run's folder into one line for the user."""
     try:
         yield
     except OSError as error:
@@ -165,6 +164,14 @@ def _take_lock(path: Path) -> IO[str] | None:
     lock.write(f"{os.getpid()}\n")
     lock.flush()
     return lock
+
+
+def _set_aside(file: Path) -> None:
+    """Rename a file of an earlier start to the next free `name.<n>.suffix`."""
+    number = 1
+    while file.with_suffix(f".{number}{file.suffix}").exists():
+        number += 1
+    file.replace(file.with_suffix(f".{number}{file.suffix}"))
 
 
 def _replace(file: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gatewise.launch.run_folder import RunFolder
+from gatewise.launch.signals import StopSignals
 from gatewise.launch.spawn import RankFailure, peak_rss_mb
 from gatewise.parallel.errors import ConfigError
 
@@ -35,7 +36,12 @@ _START = time.monotonic()
 
 
 def run_session(
-    command: str, folder: RunFolder, body: Callable[[], Mapping[str, Any]], *, world_size: int = 1
+    command: str,
+    folder: RunFolder,
+    body: Callable[[], Mapping[str, Any]],
+    *,
+    world_size: int = 1,
+    interrupt_exit: int = EXIT_INTERRUPT,
 ) -> int:
     """Run a command's body, store its result and return the exit code.
 
@@ -44,6 +50,7 @@ def run_session(
         folder: where `result.json` goes.
         body: returns the command's own keys; an `exit` among them is the exit code.
         world_size: number of ranks the command was to use.
+        interrupt_exit: exit code after a signal that the body itself did not answer.
     """
     result: dict[str, Any] = {
         "command": command,
@@ -53,7 +60,8 @@ def run_session(
         "world_size": world_size,
     }
     try:
-        result |= body()
+        with StopSignals(_interrupt):
+            result |= body()
     except ConfigError as error:
         result |= {"exit": EXIT_CONFIG, "error": one_line(error)}
     except RankFailure as error:
@@ -61,7 +69,7 @@ def run_session(
             print(error.details, file=sys.stderr)
         result |= {"exit": EXIT_CRASH, "error": one_line(error)}
     except KeyboardInterrupt:
-        result |= {"exit": EXIT_INTERRUPT, "error": "interrupted"}
+        result |= {"exit": interrupt_exit, "error": "stopped by a signal"}
     except Exception as error:  # a bug of ours, or the machine's: still a result and one line
         log = folder.logs / f"{command}.log"
         with open(log, "a", encoding="utf-8") as stream:
@@ -77,6 +85,10 @@ def run_session(
     folder.release()
     print(path, flush=True)
     return int(result["exit"])
+
+
+def _interrupt(_number: int) -> None:
+    raise KeyboardInterrupt
 
 
 def print_error(message: str) -> None:

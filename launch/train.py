@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gatewise.conf.compose import config_to_yaml, group_choices, load_train_config
 from gatewise.conf.fields import field_table
 from gatewise.conf.schemas import GROUPS
-from gatewise.launch.run_folder import RunFolder
+from gatewise.launch.run_folder import RunFolder, writable
 from gatewise.launch.session import (
     EXIT_CONFIG,
     EXIT_CRASH,
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run", "train_rank", "usage"]
 
+# What training imports late: loaded once here, not again by every rank (seconds each).
+_PRELOAD = ("gatewise.training.trainer", "torch.distributed.checkpoint", "torch._dynamo")
 _SUMMARY = """Train a model. Where run.dir holds checkpoints, the run goes on from the newest one.
 Without torchrun or Slurm around it, the command starts parallel.ranks processes itself."""
 
@@ -54,6 +56,10 @@ def run(arguments: Sequence[str]) -> int:
     place = detect_world(os.environ)
     config = load_train_config(_with_world_size(arguments, place))
     check_tracking(config)
+    if config.checkpoint.load is not None:
+        from gatewise.launch.restore import locate_checkpoint
+
+        config.checkpoint.load = str(locate_checkpoint(config.checkpoint.load))
     if place is not None and place.world_size != config.parallel.ranks:
         raise ConfigError(
             f"parallel.ranks is {config.parallel.ranks} but {place.world_size} ranks were "
@@ -63,7 +69,11 @@ def run(arguments: Sequence[str]) -> int:
         return _run_member(config, place)
     folder = RunFolder.choose(config.run.dir, config.name)
     return run_session(
-        "train", folder, lambda: _start(config, folder), world_size=config.parallel.ranks
+        "train",
+        folder,
+        lambda: _start(config, folder),
+        world_size=config.parallel.ranks,
+        interrupt_exit=EXIT_REQUEUE,
     )
 
 
@@ -114,6 +124,8 @@ def _train(
         close_all(sinks)
     if result.get("stopped"):
         result["exit"] = EXIT_REQUEUE
+        if runtime.rank == 0:
+            print(f"stopped after step {result.get('steps')} and saved; start again to go on")
     return result
 
 
@@ -198,11 +210,16 @@ def _follow(
 
 def _prepare(config: TrainConfig, folder: RunFolder) -> Path:
     """Fill the run's folder and tokenise the text; return the folder of the prepared data."""
-    folder.write_config(config_to_yaml(config))
-    folder.write_environment([Path(sys.argv[0]).name, *sys.argv[1:]])
+    from gatewise.launch.restore import check_resume
     from gatewise.training.data import prepare_data
 
-    return prepare_data(config.data).folder
+    data = prepare_data(config.data)
+    check_resume(config, folder.path, data)
+    folder.write_config(config_to_yaml(config))
+    folder.write_environment([Path(sys.argv[0]).name, *sys.argv[1:]])
+    with writable(folder.path):
+        data.tokenizer.save(folder.path / "tokenizer.json")
+    return data.folder
 
 
 def _start(config: TrainConfig, folder: RunFolder) -> Mapping[str, Any]:
@@ -210,7 +227,7 @@ def _start(config: TrainConfig, folder: RunFolder) -> Mapping[str, Any]:
     ranks = config.parallel.ranks
     threads = threads_per_rank(config.parallel.threads, ranks, os.environ)
     if ranks > 1:
-        warm_up(threads, preload=["gatewise.training.trainer", "gatewise.training.data"])
+        warm_up(threads, preload=_PRELOAD)
     else:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     _announce(config, folder, threads)

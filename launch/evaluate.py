@@ -1,0 +1,100 @@
+"""`gatewise evaluate`: the loss of a checkpoint on the validation split of a text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gatewise.conf.compose import override_config
+from gatewise.conf.fields import field_table
+from gatewise.launch.run_folder import RunFolder
+from gatewise.launch.session import run_session
+from gatewise.launch.usage import usage_text
+from gatewise.training.config import RunConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from gatewise.launch.restore import Stored  # imports torch
+
+__all__ = ["run", "usage"]
+
+_SECTIONS = ("data", "evaluation", "precision")
+_SUMMARY = """Measure a checkpoint on the validation split of its own text, or of data.path.
+checkpoint=PATH is a run's folder, its checkpoints folder or one step; all other fields keep what
+the run was trained with (the defaults below are those of a new run)."""
+
+
+def usage(arguments: Sequence[str]) -> str:
+    """Return the help of the command."""
+    table = {
+        name: field
+        for name, field in field_table(TrainConfig()).items()
+        if name == "run.dir" or name.partition(".")[0] in _SECTIONS
+    }
+    del arguments
+    return usage_text("evaluate checkpoint=PATH", _SUMMARY, table)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate as the command line says and return the exit code."""
+    own, rest = _split(arguments)
+    from gatewise.launch.restore import open_checkpoint
+
+    stored = open_checkpoint(own.get("checkpoint"))
+    config = override_config(
+        replace(stored.config, run=RunConfig()), rest, sections=(*_SECTIONS, "run")
+    )
+    folder = RunFolder.choose(config.run.dir, "evaluate")
+    stored = replace(stored, config=config)
+    return run_session("evaluate", folder, lambda: _evaluate(stored, folder.path))
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Part the fields of this command from those of the run."""
+    own: dict[str, str] = {}
+    rest: list[str] = []
+    for text in arguments:
+        name, equals, value = text.lstrip("+").partition("=")
+        if equals and name == "checkpoint":
+            own[name] = value
+        else:
+            rest.append(text)
+    return own, rest
+
+
+def _evaluate(stored: "Stored", folder: Path) -> Mapping[str, Any]:
+    from gatewise.launch.restore import restore_model, restore_tokenizer
+    from gatewise.parallel.config import ParallelConfig
+    from gatewise.parallel.runtime import running
+    from gatewise.training.data import prepare_data
+    from gatewise.training.evaluate import evaluate
+
+    config = stored.config
+    tokenizer = restore_tokenizer(stored)
+    data = prepare_data(config.data)
+    if data.tokenizer.fingerprint != tokenizer.fingerprint:
+        # another text would train another BPE: tokenise it with the checkpoint's
+        tokenizer.save(folder / "tokenizer.json")
+        path = str(folder / "tokenizer.json")
+        data = prepare_data(replace(config.data, tokenizer_path=path))
+    with running(ParallelConfig()) as runtime:
+        evaluation = evaluate(
+            restore_model(stored, device=runtime.device),
+            data,
+            config.evaluation,
+            sequence_length=config.data.sequence_length,
+            control=runtime.groups.control,
+            device=runtime.device,
+        )
+    print(
+        f"step {stored.step}: {evaluation.loss:.4f} nats per token, "
+        f"{evaluation.bits_per_byte:.4f} bits per byte, perplexity {evaluation.perplexity:.2f}, "
+        f"{evaluation.tokens} tokens"
+    )
+    return {
+        "checkpoint": str(stored.path),
+        "step": stored.step,
+        "val_loss": evaluation.loss,
+        "val_bits_per_byte": evaluation.bits_per_byte,
+        "perplexity": evaluation.perplexity,
+        "tokens": evaluation.tokens,
+    }

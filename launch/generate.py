@@ -1,0 +1,84 @@
+"""`gatewise generate`: continue a prompt with a checkpoint, token by token."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gatewise.conf.compose import load_settings
+from gatewise.conf.fields import field_table
+from gatewise.launch.run_folder import RunFolder
+from gatewise.launch.session import run_session
+from gatewise.launch.usage import usage_text
+from gatewise.parallel.errors import ConfigError
+from gatewise.training.config import Precision, RunConfig
+
+__all__ = ["GenerateConfig", "run", "usage"]
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """Settings of the command."""
+
+    checkpoint: str | None = None  # a run's folder, its checkpoints folder or one step
+    prompt: str = ""  # text to continue; empty: a new document
+    tokens: int = 200  # at most
+    temperature: float = 0.8  # 0 takes the most likely token each time
+    top_k: int = 50  # draw among so many; 0: all
+    seed: int = 0  # the same seed gives the same text
+    precision: Precision | None = None  # None: as the run was trained
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def usage(arguments: Sequence[str]) -> str:
+    """Return the help of the command."""
+    return usage_text(
+        "generate checkpoint=PATH prompt=TEXT",
+        "Continue a prompt and print the text as it is made.",
+        field_table(load_settings(GenerateConfig, arguments)),
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Generate as the command line says and return the exit code."""
+    prompts = [text for text in arguments if text.startswith("prompt=")]
+    config = load_settings(GenerateConfig, [text for text in arguments if text not in prompts])
+    if prompts:  # as it stands: quotes and ${...} belong to the text
+        config.prompt = prompts[-1].removeprefix("prompt=")
+    if config.checkpoint is None:
+        raise ConfigError("checkpoint is not set; give checkpoint=PATH, a run's folder or a step")
+    folder = RunFolder.choose(config.run.dir, "generate")
+    return run_session("generate", folder, lambda: _generate(config))
+
+
+def _generate(config: GenerateConfig) -> Mapping[str, Any]:
+    from gatewise.launch.restore import open_checkpoint, restore_model, restore_tokenizer
+    from gatewise.parallel.config import ParallelConfig
+    from gatewise.parallel.runtime import running
+    from gatewise.training.generate import Sampling, stream_text
+
+    sampling = Sampling(
+        tokens=config.tokens, temperature=config.temperature, top_k=config.top_k, seed=config.seed
+    )
+    stored = open_checkpoint(config.checkpoint)
+    if config.precision is not None:
+        stored = replace(stored, config=replace(stored.config, precision=config.precision))
+    tokenizer = restore_tokenizer(stored)
+    pieces: list[str] = []
+    with running(ParallelConfig()) as runtime:
+        model = restore_model(stored, device=runtime.device)
+        began = time.perf_counter()
+        print(config.prompt, end="", flush=True)
+        for piece in stream_text(model, tokenizer, config.prompt, sampling):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+        seconds = time.perf_counter() - began
+    print(flush=True)
+    text = "".join(pieces)
+    return {
+        "checkpoint": str(stored.path),
+        "step": stored.step,
+        "prompt": config.prompt,
+        "text": text,
+        "characters_per_second": len(text) / max(seconds, 1e-9),
+    }

@@ -1,0 +1,188 @@
+"""Find a checkpoint by any of its names and build the model that lies in it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gatewise.conf.compose import config_from_yaml
+from gatewise.moe.model import Decoder, set_precision
+from gatewise.moe.parallelize import build_model
+from gatewise.parallel.collectives import NO_GROUP
+from gatewise.parallel.errors import CheckpointError, ConfigError
+from gatewise.training.checkpointer import find_latest, load, read_meta, verify
+from gatewise.training.config import TrainConfig
+from gatewise.training.data import PreparedData, prepare_data
+from gatewise.training.resume import check_tokenizer
+from gatewise.training.state import model_ranges
+from gatewise.training.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer
+from gatewise.training.trainer import resolve_dtype
+
+__all__ = [
+    "Stored",
+    "check_resume",
+    "locate_checkpoint",
+    "open_checkpoint",
+    "restore_model",
+    "restore_tokenizer",
+]
+
+# Fields of the model that a run may change when it goes on: they shape no tensor.
+_FREE_FIELDS = ("top_k", "init_std", "capacity")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A checkpoint: where it lies and what it says of itself."""
+
+    path: Path
+    config: TrainConfig  # of the run that wrote it
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps it has behind it."""
+        return int(self.meta["step"])
+
+
+def locate_checkpoint(name: str) -> Path:
+    """Return the checkpoint that a path means: itself, or the newest good one below it.
+
+    Args:
+        name: a run's folder, its `checkpoints` folder, or one `step_*` folder.
+
+    Raises:
+        CheckpointError: if there is none, or the one named is damaged.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(
+            f"checkpoint is {name!r}, which is no folder; give a run's folder, its checkpoints "
+            "folder or one step_* folder"
+        )
+    if path.name.startswith("step_"):
+        verify(path)
+        return path.resolve()
+    inner = path / "checkpoints"
+    latest = find_latest(inner if inner.is_dir() else path)
+    if latest is None:
+        raise CheckpointError(
+            f"checkpoint is {name!r}, which holds no complete checkpoint (step_*); give a run "
+            "that has saved one"
+        )
+    return latest.resolve()
+
+
+def open_checkpoint(name: str | None) -> Stored:
+    """Find a checkpoint and read its settings.
+
+    Raises:
+        ConfigError: if no name is given.
+        CheckpointError: as `locate_checkpoint`, or if its settings cannot be read.
+    """
+    if name is None:
+        raise ConfigError("checkpoint is not set; give checkpoint=PATH, a run's folder or a step")
+    path = locate_checkpoint(name)
+    return Stored(path, _stored_config(path), read_meta(path)["meta"])
+
+
+def restore_tokenizer(stored: Stored) -> TextTokenizer:
+    """Return the tokenizer that the checkpoint was trained with.
+
+    It lies beside the checkpoints, in the run's folder; where that is gone, it is made again
+    from the run's data.
+
+    Raises:
+        CheckpointError: if what is found is another tokenizer.
+    """
+    beside = stored.path.parent.parent / "tokenizer.json"
+    if beside.exists():
+        tokenizer = load_tokenizer(beside)
+    elif ByteTokenizer().fingerprint == stored.meta["tokenizer"]:
+        tokenizer = ByteTokenizer()
+    else:
+        tokenizer = prepare_data(stored.config.data).tokenizer
+    if tokenizer.fingerprint != stored.meta["tokenizer"]:
+        raise CheckpointError(
+            f"checkpoint {stored.path} was trained with another tokenizer than the one found; "
+            f"put the run's tokenizer.json to {beside}"
+        )
+    return tokenizer
+
+
+def restore_model(stored: Stored, *, device: torch.device) -> Decoder:
+    """Build the model with all its experts on this rank and fill it.
+
+    Args:
+        stored: the checkpoint; `stored.config.precision` chooses the type of its matrices.
+        device: where the model goes.
+    """
+    config = stored.config
+    model = build_model(
+        config.model,
+        config.router,
+        vocab_size=int(stored.meta["vocab_size"]),
+        group=NO_GROUP,
+        device=device,
+        dtype=torch.float32,
+        seed=config.seed,
+    )
+    load(stored.path, model_ranges(model), optional_prefixes=("adam_m/", "adam_v/"))
+    set_precision(model, resolve_dtype(config.precision, device))
+    return model.eval()
+
+
+def check_resume(config: TrainConfig, folder: Path, data: PreparedData) -> None:
+    """Refuse a run that would go on from a checkpoint of another model or tokenizer.
+
+    The trainer checks every tensor again; this look at the newest checkpoint finds a mistake
+    before any rank starts.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        data: prepared for the run.
+
+    Raises:
+        CheckpointError: with the first field that differs.
+    """
+    path = _newest(folder / "checkpoints") if config.checkpoint.resume else None
+    if path is None and config.checkpoint.load is not None:
+        path = Path(config.checkpoint.load)
+    if path is None:
+        return
+    stored = _stored_config(path)
+    for field in fields(config.model):
+        if field.name in _FREE_FIELDS:
+            continue
+        ours, theirs = getattr(config.model, field.name), getattr(stored.model, field.name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"model.{field.name} is {_shown(ours)} but checkpoint {path} was trained with "
+                f"{_shown(theirs)}; set it back, or start in another run.dir"
+            )
+    check_tokenizer(path, read_meta(path)["meta"], data)
+
+
+def _newest(folder: Path) -> Path | None:
+    """Return the last finished checkpoint by name, without reading its tensors."""
+    steps: Sequence[Path] = sorted(folder.glob("step_*")) if folder.is_dir() else []
+    for path in reversed(steps):
+        try:
+            read_meta(path)
+        except CheckpointError:
+            continue  # the trainer says what is wrong with it, and uses the one before
+        return path
+    return None
+
+
+def _stored_config(path: Path) -> TrainConfig:
+    text = json.dumps(read_meta(path)["meta"]["config"])  # JSON is YAML too
+    return config_from_yaml(text, source=f"checkpoint {path}")
+
+
+def _shown(value: object) -> str:
+    return str(getattr(value, "name", value))
