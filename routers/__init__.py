@@ -1,0 +1,1 @@
+"""Routers: arithmetic on one rank's tokens; read `api.py` first."""

@@ -126,10 +126,12 @@ def z_loss(logits_TE: Tensor, *, padding_T: Tensor | None = None) -> Tensor:
     """Return the mean over tokens of logsumexp(logits)^2; 0 for zero tokens."""
     if logits_TE.shape[0] == 0:
         return logits_TE.sum()
-    square_T = logits_TE.logsumexp(-1).square()
     if padding_T is None:
-        return square_T.mean()
-    return torch.where(padding_T, 0.0, square_T).sum() / (~padding_T).sum().clamp(min=1)
+        return logits_TE.logsumexp(-1).square().mean()
+    # masked on both sides: a NaN in padding would reach the gradient as 0 * NaN
+    real_TE = torch.where(padding_T.unsqueeze(1), 0.0, logits_TE)
+    square_T = torch.where(padding_T, 0.0, real_TE.logsumexp(-1).square())
+    return square_T.sum() / (~padding_T).sum().clamp(min=1)
 
 
 def update_bias_(bias_E: Tensor, count_E: Tensor, *, rate: float) -> None:

@@ -50,10 +50,15 @@ class TopKRouter(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
-        """Keep weight and bias in fp32 when the model is cast (`model.bfloat16()`)."""
-        super()._apply(fn, recurse)
-        if self.weight.dtype in (torch.bfloat16, torch.float16):
-            self.weight.data = self.weight.data.float()
+        """Keep weight and bias as they are when the model is cast to half precision."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            if changed.dtype in (torch.bfloat16, torch.float16):
+                return tensor.detach().to(changed.device)
+            return changed
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.bias_E = self.bias_E.float()
         return self
 
@@ -89,13 +94,16 @@ class TopKRouter(nn.Module):
                 share_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp(min=1e-20)
             losses = self._losses(logits_TE, share_TE, expert_TK, context)
             load = _load(share_TE, expert_TK, context.padding_T)
-            health = _health(share_TE)
+            health = _health(share_TE, context.padding_T)
         routing = Routing(expert_TK, weight_TK, logits_TE, losses, load, health)
         return routing, context
 
     def _logits(self, x_TD: Tensor, context: RoutingContext, layer: int) -> Tensor:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         x_TD = x_TD.to(wide)
+        if context.padding_T is not None:
+            # padding may hold anything; a NaN would reach the weight's gradient as 0 * NaN
+            x_TD = x_TD.masked_fill(context.padding_T.unsqueeze(1), 0.0)
         if self.config.jitter and self.training:
             shape = (x_TD.shape[0], x_TD.shape[1])
             noise_TD = (
@@ -108,9 +116,8 @@ class TopKRouter(nn.Module):
 
     def _select(self, score_TE: Tensor) -> Tensor:
         """Return the K best experts of `score + bias`, groups respected; no gradient."""
-        biased_TE = score_TE
-        if self.config.bias_rate:
-            biased_TE = biased_TE + self.bias_E
+        # With bias_rate 0 the bias stays where training left it; 0 where there never was one.
+        biased_TE = score_TE + self.bias_E
         # A NaN must not win, nor make another row's choice depend on it.
         biased_TE = torch.nan_to_num(biased_TE, nan=-1e30, posinf=1e30, neginf=-1e30)
         if self.config.num_groups > 1:
@@ -164,9 +171,10 @@ def stable_topk(score_TE: Tensor, top_k: int) -> Tensor:
                 left_TE = left_TE.scatter(1, best_T1, float("-inf"))
         return torch.cat(chosen, 1)
     if score_TE.dtype == torch.float64:
-        return score_TE.sort(-1, descending=True, stable=True).indices[:, :top_k]
-    # Order-preserving integers, made unique by the index in their low bits.
-    bits_TE = score_TE.float().view(torch.int32).long()
+        return score_TE.sort(stable=True, dim=-1, descending=True).indices[:, :top_k]
+    # Order-preserving integers, made unique by the index in their low bits; + 0.0 makes -0.0 equal
+    # to 0.0.
+    bits_TE = (score_TE.float() + 0.0).view(torch.int32).long()
     ordered_TE = torch.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE)
     rank_E = torch.arange(num_experts - 1, -1, -1, device=score_TE.device)
     return ((ordered_TE << 20) | rank_E).topk(top_k, -1).indices
@@ -197,9 +205,11 @@ def _load(share_TE: Tensor, expert_TK: Tensor, padding_T: Tensor | None) -> Load
     return Load(count_E=count_E, score_E=share_TE.sum(0), tokens=tokens)
 
 
-def _health(share_TE: Tensor) -> dict[str, Tensor]:
+def _health(share_TE: Tensor, padding_T: Tensor | None) -> dict[str, Tensor]:
     """Return sums over tokens of the best score and the entropy, for means over many steps."""
     share_TE = share_TE.detach()
+    if padding_T is not None:
+        share_TE = torch.where(padding_T.unsqueeze(1), 0.0, share_TE)
     return {
         "confidence": share_TE.amax(-1).sum().float(),
         "entropy": torch.special.entr(share_TE).sum().float(),
