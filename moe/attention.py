@@ -64,7 +64,9 @@ class Attention(nn.Module):
         eps: of that norm.
     """
 
-    def __init__(self, hidden: int, heads: int, kv_heads: int, *, qk_norm: bool, eps: float) -> None:
+    def __init__(
+        self, hidden: int, heads: int, kv_heads: int, *, qk_norm: bool, eps: float
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads = heads, kv_heads
         self.head_width = hidden // heads

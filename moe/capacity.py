@@ -53,6 +53,10 @@ def apply_capacity(
         priority_TK = context.noise.uniform(
             (num_tokens, top_k), layer=~layer, device=routing.weight_TK.device
         )
+    # neither a NaN nor padding takes a place from a token that can use it
+    priority_TK = torch.nan_to_num(priority_TK, nan=-1.0)
+    if context.padding_T is not None:
+        priority_TK = priority_TK.masked_fill(context.padding_T.unsqueeze(1), -2.0)
     keep_TK = keep_within_capacity(
         routing.expert_TK, priority_TK, num_experts=num_experts, capacity=capacity
     )
@@ -66,7 +70,8 @@ def keep_within_capacity(
 
     Args:
         expert_TK: int64 in [0, E).
-        priority_TK: larger is kept first; ties go to the lower token, then the lower choice.
+        priority_TK: larger is kept first, no NaN; ties go to the lower token, then the lower
+            choice.
         num_experts: E.
         capacity: pairs that each expert keeps, at least 0.
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gatewise.moe.config import Activation
 from gatewise.moe.dispatch import Dispatcher, Ticket
@@ -103,6 +104,10 @@ class Job:
     dispatcher: Dispatcher
     schedule: Schedule
     sinks: tuple[GradientSink, GradientSink] | None = None  # of w_in and w_out
+    gradient_scale: float = 1.0  # of the experts' weights; sinks take 1 only
+
+    def __post_init__(self) -> None:
+        assert self.sinks is None or self.gradient_scale == 1.0
 
 
 def moe_compute(
@@ -120,7 +125,9 @@ def moe_compute(
     Returns:
         (T, D) of the dtype of `x_TD`.
     """
-    result: Tensor = _MoECompute.apply(x_TD, weight_TK, w_in_eGD, w_out_eDF, job)
+    result: Tensor = _MoECompute.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        x_TD, weight_TK, w_in_eGD, w_out_eDF, job
+    )
     return result
 
 
@@ -138,7 +145,7 @@ class _MoECompute(torch.autograd.Function):
     """Both passes; each stage is a small function of its chunk."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd passes operands by position
         ctx: Any, x_TD: Tensor, weight_TK: Tensor, w_in_eGD: Tensor, w_out_eDF: Tensor, job: Job
     ) -> Tensor:
         plan = job.schedule.forward
@@ -192,7 +199,8 @@ class _MoECompute(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # one output
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         job: Job = ctx.job
         tickets: list[Ticket] = ctx.tickets
         weight_TK, w_in_eGD, w_out_eDF, *rest = ctx.saved_tensors
@@ -207,7 +215,7 @@ class _MoECompute(torch.autograd.Function):
         moving: dict[tuple[str, int], RowExchange] = {}
         gradients: dict[int, Tensor] = {}
         work: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
-        into = _WeightGradients(job.sinks, w_in_eGD, w_out_eDF)
+        into = _WeightGradients(job, w_in_eGD, w_out_eDF)
 
         def combine_grad(chunk: int, ticket: Ticket) -> None:
             gradients[chunk], dweight_TK[ticket.tokens] = combine_rows_backward(
@@ -274,10 +282,9 @@ class _MoECompute(torch.autograd.Function):
 class _WeightGradients:
     """Collects the experts' weight gradients of all chunks, in buffers or in the sinks."""
 
-    def __init__(
-        self, sinks: tuple[GradientSink, GradientSink] | None, w_in_eGD: Tensor, w_out_eDF: Tensor
-    ) -> None:
-        self._sinks = sinks
+    def __init__(self, job: Job, w_in_eGD: Tensor, w_out_eDF: Tensor) -> None:
+        self._sinks = sinks = job.sinks
+        self._scale = job.gradient_scale
         self._weights = (w_in_eGD, w_out_eDF)
         self._buffers: tuple[Tensor | None, Tensor | None] = (None, None)
         self._accumulate = False
@@ -303,6 +310,10 @@ class _WeightGradients:
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Return what autograd shall accumulate: nothing, where sinks took it."""
         if self._sinks is None:
+            if self._scale != 1.0:
+                for buffer in self._buffers:
+                    if buffer is not None:
+                        buffer.mul_(self._scale)
             return self._buffers
         for sink in self._sinks:
             sink.written()

@@ -78,6 +78,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"model.{name} is {value}; it must be at least 0")
+        if self.dense_width is not None and self.dense_width < 1:
+            raise ValueError(
+                f"model.dense_width is {self.dense_width}; it must be at least 1 or null"
+            )
         if self.hidden % self.heads:
             raise ValueError(
                 f"model.heads is {self.heads}, which does not divide model.hidden "

@@ -7,8 +7,8 @@ of a whole model from outside.
 Shapes:  T tokens on this rank   D model width   E experts, all ranks   K experts per token
 """
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,8 @@ class MoELayer(nn.Module):
         dispatcher: how rows travel; must own as many experts as `experts`.
         shared: a feed-forward network that every token passes as well, or None.
         capacity: dropping, in training only.
+
+    `expert_gradient_scale` multiplies the gradients of the experts' weights.
     """
 
     def __init__(
@@ -56,26 +58,41 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.capacity = capacity or CapacityConfig()
         self.schedule = Schedule.serial()
+        self.expert_gradient_scale = 1.0
 
     def forward(
         self, x_TD: Tensor, context: RoutingContext, layer: int
     ) -> tuple[Tensor, Routing, RoutingContext]:
-        """Return the layer's output, its routing, and the context for the next layer."""
+        """Return the layer's output, its routing, and the context for the next layer.
+
+        Padding gives zeros: it is not sent to experts, and whatever it holds stays out of all
+        gradients.
+        """
+        padding_T = context.padding_T
+        if padding_T is not None:
+            x_TD = x_TD.masked_fill(padding_T.unsqueeze(1), 0.0)
         routing, context = self.router(x_TD, context, layer)
         drops = self.capacity.factor is not None and self.training
         if drops:
             routing = apply_capacity(
                 routing, self.capacity, context, num_experts=self.router.num_experts, layer=layer
             )
-            dropped = (routing.expert_TK < 0).sum().float()
+            dropped_TK = routing.expert_TK < 0
+            if padding_T is not None:
+                dropped_TK = dropped_TK & ~padding_T.unsqueeze(1)
+            dropped = dropped_TK.sum().float()
             routing = replace(routing, health={**routing.health, "dropped": dropped})
+        if padding_T is not None:
+            unpadded_TK = torch.where(padding_T.unsqueeze(1), -1, routing.expert_TK)
+            routing = replace(routing, expert_TK=unpadded_TK)
         job = Job(
             routing.expert_TK,
-            drops,
+            drops or padding_T is not None,
             self.experts.activation,
             self.dispatcher,
             self.schedule,
             self.experts.sinks,
+            self.expert_gradient_scale,
         )
         y_TD = moe_compute(
             x_TD, routing.weight_TK, self.experts.w_in_eGD, self.experts.w_out_eDF, job
@@ -143,10 +160,6 @@ class MoE(nn.Module):
             kind,
             first_expert=dispatcher.first_expert,
         )
-        if self._group.size > 1:
-            share = _scaled_by(1 / self._group.size)
-            experts.w_in_eGD.register_hook(share)
-            experts.w_out_eDF.register_hook(share)
         self.layer = MoELayer(
             TopKRouter(hidden, num_experts, top_k, config)
             if isinstance(config, RouterConfig)
@@ -158,7 +171,12 @@ class MoE(nn.Module):
             else None,
             capacity=CapacityConfig(factor=capacity_factor),
         )
+        self.layer.expert_gradient_scale = 1 / self._group.size
         self.losses = {}
+
+    def __getstate__(self) -> dict[str, Any]:  # Any: whatever a module's attributes are
+        """Leave the last call's losses out of copies: they belong to that call's graph."""
+        return {**self.__dict__, "losses": {}}
 
     @property
     def router(self) -> Router:
@@ -176,7 +194,7 @@ class MoE(nn.Module):
         Args:
             x: (..., hidden), of the parameters' dtype; with a leading batch dim, sequence losses
                 take each of its rows as one sequence.
-            padding: bool (...), True where a token is padding: it is computed but not counted.
+            padding: bool (...), True where a token is padding: it gives zeros and counts nowhere.
 
         Returns:
             A tensor like `x`.
@@ -191,7 +209,8 @@ class MoE(nn.Module):
         config = self._config
         if config and config.balance_loss and config.balance_scope is BalanceScope.global_batch:
             self.losses["balance"] = config.balance_loss * self._global_balance(routing)
-        return y_TD.view_as(x)
+        y: Tensor = y_TD.view_as(x)
+        return y
 
     def _global_balance(self, routing: Routing) -> Tensor:
         load = routing.load
@@ -214,10 +233,3 @@ def _activation(name: str) -> Activation:
     except KeyError:
         known = ", ".join(kind.value for kind in Activation)
         raise ValueError(f"activation is {name!r}; it must be one of {known}") from None
-
-
-def _scaled_by(factor: float) -> Callable[[Tensor], Tensor]:
-    def scale(gradient: Tensor) -> Tensor:
-        return gradient * factor
-
-    return scale

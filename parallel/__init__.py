@@ -1,0 +1,1 @@
+"""Bytes between ranks, and the order of stages; knows no experts. Read `dims.py` first."""

@@ -49,6 +49,10 @@ class Group:
             return Group(None, 0, 1, Traffic())
         return Group(handle, dist.get_rank(handle), dist.get_world_size(handle), Traffic())
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "Group":
+        """Return the group itself: a copied module talks to the same ranks."""
+        return self
+
 
 NO_GROUP = Group(None, 0, 1, Traffic())
 

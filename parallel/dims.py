@@ -57,10 +57,7 @@ def make_groups(config: ParallelConfig) -> Groups:
     return Groups(
         control=_group(everyone, timeout),
         expert=_group(
-            [
-                list(range(c * config.expert, (c + 1) * config.expert))
-                for c in range(copies)
-            ],
+            [list(range(c * config.expert, (c + 1) * config.expert)) for c in range(copies)],
             timeout,
         ),
         dense=_reduce_groups(everyone, config.shard, timeout),
