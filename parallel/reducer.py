@@ -33,7 +33,7 @@ class GradientReducer:
         self.buckets = list(buckets)
         self.divisor = float(ranks)
         self._reduce_now = False
-        self._waiting: list[int] = []  # parameters still missing, per bucket
+        self._waiting: list[set[nn.Parameter]] = []  # still missing in this pass, per bucket
         self._next = 0  # first bucket that is not on its way
         self._under_way: list[tuple[Bucket, ShardSum | dist.Work]] = []
         self._slot_of: dict[nn.Parameter, tuple[int, Slot]] = {}
@@ -54,19 +54,24 @@ class GradientReducer:
             reduce: whether it is the last of its optimizer step, after which sums are sent.
         """
         self._reduce_now = reduce
-        self._waiting = [len(bucket.slots) for bucket in self.buckets]
+        self._waiting = [{slot.spec.parameter for slot in bucket.slots} for bucket in self.buckets]
         self._next = 0
 
     def written(self, parameter: nn.Parameter) -> None:
-        """Note that this pass's gradient of `parameter` is in its slot."""
+        """Note that this pass's gradient of `parameter` is in its slot.
+
+        Raises:
+            RuntimeError: at the second time in one pass: the bucket may be on its way already.
+        """
         index, slot = self._slot_of[parameter]
         slot.fresh = False
-        self._waiting[index] -= 1
-        while (
-            self._reduce_now
-            and self._next < len(self.buckets)
-            and self._waiting[self._next] == 0
-        ):
+        if not self._waiting or parameter not in self._waiting[index]:
+            raise RuntimeError(
+                f"the gradient of {slot.spec.name} was written twice in one backward pass; call "
+                "`begin` before each pass, and use a layer that writes past autograd once a pass"
+            )
+        self._waiting[index].remove(parameter)
+        while self._reduce_now and self._next < len(self.buckets) and not self._waiting[self._next]:
             self._send(self.buckets[self._next])
             self._next += 1
 

@@ -1,0 +1,1 @@
+"""Data, the training loop and checkpoints; read `trainer.py` first."""

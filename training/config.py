@@ -231,6 +231,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ConfigError(f"steps is {self.steps}; it must be at least 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise ConfigError(f"seed is {self.seed}; it must be from 0 to {(1 << 32) - 1}")
         if self.log_every < 1:
             raise ConfigError(f"log_every is {self.log_every}; it must be at least 1")
         if self.model.num_experts:

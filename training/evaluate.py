@@ -109,7 +109,7 @@ def evaluate(
 
 
 def _read(
-    tokens: "np.ndarray[tuple[int, ...], np.dtype[np.integer]]",  # type: ignore[type-arg]  # any width
+    tokens: "np.ndarray[tuple[int, ...], np.dtype[np.integer]]",
     windows: Windows,
     chosen: range,
     size: int,

@@ -36,6 +36,7 @@ class HealthMeter:
         self._layers, self._num_experts, self._top_k = layers, num_experts, top_k
         self._count_LE = torch.zeros(layers, num_experts, dtype=torch.float64, device=device)
         self._sums = torch.zeros(len(_SUMS), layers, dtype=torch.float64, device=device)
+        self._norm_squares = torch.zeros(layers * num_experts, dtype=torch.float64, device=device)
 
     def add(self, routings: Sequence[Routing]) -> None:
         """Add one micro-batch."""
@@ -45,29 +46,34 @@ class HealthMeter:
             for row, name in enumerate(_SUMS):
                 value = routing.load.tokens if name == "tokens" else routing.health.get(name)
                 if value is not None:
-                    self._sums[row, index] += value
+                    # a step with NaN is skipped, and shall not spoil the whole window
+                    self._sums[row, index] += torch.nan_to_num(value)
 
-    def drain(self, control: Group, reducer: GradientReducer) -> dict[str, float]:
+    def measure_gradients(self, reducer: GradientReducer) -> None:
+        """Take the norms of single experts from a step's reduced gradients."""
+        if self._layers:
+            squares_LE = expert_squares(reducer.buckets, self._num_experts)
+            self._norm_squares = squares_LE.flatten() / reducer.divisor**2
+
+    def drain(self, control: Group) -> dict[str, float]:
         """Return the window's values over all ranks and start a new window.
 
         Args:
             control: all ranks.
-            reducer: holds the last step's reduced gradients, for the norms of single experts.
         """
         if not self._layers:
             return {}
-        square_LE = expert_squares(reducer.buckets, self._num_experts).flatten()
-        packed = torch.cat((self._count_LE.flatten(), self._sums.flatten(), square_LE))
+        packed = torch.cat((self._count_LE.flatten(), self._sums.flatten(), self._norm_squares))
         if control.handle is not None:
             dist.all_reduce(packed, group=control.handle)
         cut = self._layers * self._num_experts
-        counts, sums, squares = packed.split((cut, self._sums.numel(), square_LE.numel()))
+        counts, sums, squares = packed.split((cut, self._sums.numel(), cut))
         values = summarise(
             counts.view(self._layers, self._num_experts),
             sums.view(len(_SUMS), self._layers),
             top_k=self._top_k,
         )
-        norms = (squares.sqrt() / reducer.divisor).sort().values
+        norms = squares.sqrt().sort().values
         for name, place in (("min", 0), ("median", norms.numel() // 2), ("max", -1)):
             values[f"grad/expert_norm_{name}"] = float(norms[place])
         self._count_LE.zero_()
@@ -86,6 +92,11 @@ def expert_squares(buckets: Sequence[Bucket], num_experts: int) -> Tensor:
             continue
         owned, replicas = bucket.owned, bucket.groups.replicate.size
         for slot in bucket.slots:
+            layer = slot.spec.name.rpartition(".")[0]
+            # every rank lists every layer, also one of which it owns nothing: the sums must align
+            row = rows.setdefault(
+                layer, torch.zeros(num_experts, dtype=torch.float64, device=bucket.values.device)
+            )
             start, end = max(slot.offset, owned.start), min(slot.end, owned.stop)
             if start >= end:
                 continue
@@ -94,10 +105,6 @@ def expert_squares(buckets: Sequence[Bucket], num_experts: int) -> Tensor:
             mine = torch.zeros_like(slot.gradient).view(-1)
             mine[start - slot.offset : end - slot.offset] = bucket.gradients[start:end]
             square_e = torch.linalg.vector_norm(mine.view(-1, width), dim=1).square() / replicas
-            layer = slot.spec.name.rpartition(".")[0]
-            row = rows.setdefault(
-                layer, torch.zeros(num_experts, dtype=torch.float64, device=mine.device)
-            )
             row[first : first + square_e.shape[0]] += square_e
     return torch.stack([rows[name] for name in sorted(rows)])
 

@@ -4,6 +4,7 @@ Read first: `checkpointer.py` (files), `state.py` (tensors).
 """
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -29,7 +30,12 @@ from gatewise.training.data import PreparedData
 from gatewise.training.optim import ShardedAdamW
 from gatewise.training.state import restore_rng, rng_state, training_ranges
 
-__all__ = ["Progress", "RunCheckpoints", "check_tokenizer", "to_plain"]
+__all__ = ["Progress", "RunCheckpoints", "check_model", "check_tokenizer", "to_plain"]
+
+_log = logging.getLogger(__name__)
+
+# settings that do not change what the model computes from given weights
+_FREE = ("model.init_std", "model.capacity")
 
 
 @dataclass(slots=True)
@@ -85,12 +91,13 @@ class RunCheckpoints:
             return Progress()
         meta = read_meta(path)["meta"]
         check_tokenizer(path, meta, self._data)
+        check_model(path, meta, self._config)
+        if meta["data"] != self._data.fingerprint and self._runtime.rank == 0:
+            _log.warning("%s was trained on other data; it goes on with the data given", path)
         load(path, training_ranges(model, optimizer), group=self._runtime.groups.checkpoint)
         optimizer.updates = int(meta["updates"])
         optimizer.publish()
-        rng = read_rank_state(
-            path, self._runtime.rank, world=self._runtime.world
-        )
+        rng = read_rank_state(path, self._runtime.rank, world=self._runtime.world)
         if rng:
             restore_rng(rng)
         self.resumed_from = str(path)
@@ -133,6 +140,27 @@ def check_tokenizer(path: Path, meta: Mapping[str, Any], data: PreparedData) -> 
             f"fingerprint {meta['tokenizer'][:12]}; the data's has {data.tokenizer.vocab_size}, "
             f"{data.tokenizer.fingerprint[:12]}); set data.tokenizer_path to the run's "
             "tokenizer.json, or use another run.dir"
+        )
+
+
+def check_model(path: Path, meta: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise `CheckpointError` where a setting says that the checkpoint is of another model.
+
+    Tensors of equal shapes can still belong to another function: heads, activation, top_k, scores.
+    A setting that is null on one side has a default that the shapes tell.
+    """
+    saved, here = meta["config"], to_plain(config)
+    names = [f"model.{name}" for name in here["model"]] + ["router.kind", "router.score"]
+    differing = []
+    for name in names:
+        section, _, field = name.partition(".")
+        there, now = saved[section].get(field), here[section][field]
+        if name not in _FREE and None not in (there, now) and there != now:
+            differing.append(f"{name} is {there} in the checkpoint and {now} here")
+    if differing:
+        raise CheckpointError(
+            f"{path} is a checkpoint of another model: {'; '.join(differing)}; use the settings it "
+            "was saved with, or another run.dir"
         )
 
 

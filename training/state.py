@@ -24,7 +24,8 @@ __all__ = ["model_ranges", "restore_rng", "rng_state", "training_ranges"]
 def training_ranges(model: Decoder, optimizer: ShardedAdamW) -> dict[str, FlatRange]:
     """List the ranges of weights, moments and biases that this rank owns.
 
-    The tensors are views: loading into them changes the optimizer; call `optimizer.publish()` after.
+    The tensors are views: loading into them changes the optimizer; `optimizer.publish()` must
+    follow.
     """
     ranges = _bias_ranges(model)
     for index, bucket in enumerate(optimizer.buckets):
@@ -75,9 +76,11 @@ def restore_rng(packed: bytes) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _numpy_state() -> tuple[object, ...]:
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return (name, keys.tolist(), *(float(x) if i == 2 else int(x) for i, x in enumerate(rest)))
+def _numpy_state() -> tuple[str, list[int], int, int, float]:
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)  # the legacy form
+    name, keys, position, has_gauss, gauss = state
+    return name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)
 
 
 def _owned(bucket: Bucket, flat: Tensor, prefix: str) -> dict[str, FlatRange]:
@@ -100,5 +103,3 @@ def _bias_ranges(model: Decoder) -> dict[str, FlatRange]:
         for name, module in model.named_modules()
         if isinstance(module, TopKRouter)
     }
-
-

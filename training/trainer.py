@@ -123,9 +123,7 @@ class Trainer:
         self.reducer = GradientReducer(buckets, ranks=runtime.world)
         self.optimizer = ShardedAdamW(buckets, config.optim)
         write_gradients_directly(self.model, self.reducer)
-        self.order = SequenceOrder(
-            len(data.train.tokens), config.data.sequence_length, config.seed
-        )
+        self.order = SequenceOrder(len(data.train.tokens), config.data.sequence_length, config.seed)
         self.meter = HealthMeter(
             len(self.model.moe_layers()),
             config.model.num_experts,
@@ -149,11 +147,11 @@ class Trainer:
         stopped = False
         while self.progress.step < config.steps and not stopped:
             began = time.perf_counter()
-            result = self._step()
-            losses.add(result)
-            step = self.progress.step
-            tokens = config.batch.sequences * config.data.sequence_length
+            step = self.progress.step + 1
             logged = step % config.log_every == 0 or step == config.steps
+            result = self._step(measure=logged)
+            losses.add(result)
+            tokens = config.batch.sequences * config.data.sequence_length
             # reading scalars makes the host wait; in between, one step may be under way
             stopped = self._inspect(losses)
             for timer in (clock, window):
@@ -190,7 +188,7 @@ class Trainer:
         """Finish saves that are under way."""
         self.checkpoints.close()
 
-    def _step(self) -> StepResult:
+    def _step(self, *, measure: bool) -> StepResult:
         config, progress = self.config, self.progress
         micro_batches, noise = self._read_micro_batches()
         result = train_step(
@@ -205,6 +203,7 @@ class Trainer:
             lr=learning_rate(config.optim, progress.step, config.steps),
             clip=config.optim.clip,
             stop=self.stop_requested,
+            measure=measure,
         )
         progress.step += 1
         progress.sample += config.batch.sequences
@@ -253,7 +252,7 @@ class Trainer:
         self, result: StepResult, losses: "_Window", window: _Clock
     ) -> dict[str, Any]:
         config, step = self.config, self.progress.step
-        health = self.meter.drain(self.runtime.groups.control, self.reducer)
+        health = self.meter.drain(self.runtime.groups.control)
         record: dict[str, Any] = {
             "step": step,
             "steps": config.steps,
@@ -342,4 +341,3 @@ def _stop_signals(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
