@@ -9,8 +9,10 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-RUN ?= runs/quickstart
 PROMPT ?= def
+ifndef RUN
+RUN := runs/quickstart/$(shell date +%Y-%m-%d_%H-%M-%S)
+endif
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -44,9 +46,11 @@ $(VENV)/.dev: $(VENV)/.core
 
 install: $(VENV)/.dev
 
+# The last line is the path of the training's result.
 quickstart: $(VENV)/.core
 	@$(BIN)/gatewise train experiment=quickstart run.dir='$(RUN)'
 	@$(BIN)/gatewise generate checkpoint='$(RUN)' prompt='$(PROMPT)' tokens=200 run.dir='$(RUN)/sample'
+	@echo '$(abspath $(RUN))/result.json'
 
 lint: $(VENV)/.dev
 	@$(call limit,120) $(BIN)/ruff format --check --quiet .
@@ -57,13 +61,13 @@ types: $(VENV)/.dev
 
 # Unit tests share the cores by xdist; every distributed case already uses them all.
 unit: $(VENV)/.dev
-	@$(call limit,400) $(PYTEST) -n 2 tests/unit
+	@$(call limit,600) $(PYTEST) -n 2 tests/unit
 
 distributed: $(VENV)/.dev
-	@$(call limit,500) $(PYTEST) tests/distributed
+	@$(call limit,900) $(PYTEST) tests/distributed
 
 e2e: $(VENV)/.dev
-	@$(call limit,500) $(PYTEST) tests/e2e
+	@$(call limit,900) $(PYTEST) tests/e2e
 
 # Cheapest first; one after the other also under `make -j`. The last line is pytest's summary.
 test: $(VENV)/.dev

@@ -177,7 +177,7 @@ def test_a_stop_signal_saves_and_asks_to_be_started_again(text: list[str], tmp_p
     folder = tmp_path / "run"
     process = start_and_wait_for_step(folder, *LONG, *TWO_RANKS, *text)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     assert process.returncode == 85, err
     assert out.splitlines()[-1] == str(folder / "result.json")
     result = result_of(folder)
@@ -227,7 +227,7 @@ def test_a_killed_rank_ends_the_run_by_name_and_the_run_goes_on_later(
     pids = rank_pids(process.pid)
     assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     assert process.returncode == 1
     assert re.match(r"gatewise: error: rank \d: killed by SIGKILL", err.splitlines()[-1])
     assert out.splitlines()[-1] == str(folder / "result.json")
