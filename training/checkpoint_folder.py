@@ -134,7 +134,7 @@ def rank_state_name(rank: int) -> str:
     return f"rank_{rank:05d}.state"
 
 
-def commit(partial: Path, step: int, files: Mapping[str, FileRecord], token: str) -> Path:
+def commit(partial: Path, step: int, files: Mapping[str, FileRecord], token: str) -> None:
     """Turn a completely written folder into the checkpoint of its step.
 
     The manifest is written last, everything is on the disk before the rename, and the rename
@@ -145,9 +145,6 @@ def commit(partial: Path, step: int, files: Mapping[str, FileRecord], token: str
         step: of the checkpoint.
         files: name to record of every file in the folder.
         token: hex digits, unique to this save.
-
-    Returns:
-        The final path.
     """
     body = _manifest_body(step, {name: asdict(files[name]) for name in sorted(files)})
     manifest = {**body, "sha256": _digest(body)}
@@ -158,7 +155,6 @@ def commit(partial: Path, step: int, files: Mapping[str, FileRecord], token: str
         final.rename(folder / f".step_{step:08d}.replaced-{token}")
     partial.rename(final)
     sync_folder(folder)
-    return final
 
 
 def verify(path: Path) -> None:
@@ -254,6 +250,8 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what interrupted saves and deletions of this folder left behind."""
     for path in sorted(folder.iterdir()):
         if _LEFTOVER.fullmatch(path.name):
+            if _PARTIAL.fullmatch(path.name):
+                _logger.warning("removing %s: its save did not end", path)
             shutil.rmtree(path, ignore_errors=True)
     for step, path in _candidates(folder):
         if _is_superseded(step, path, {}):

@@ -41,6 +41,7 @@ from gatewise.training.checkpoint_folder import (
     read_meta,
     read_rank_state,
     remove_leftovers,
+    step_path,
     sync_folder,
     verify,
     write_durable,
@@ -118,11 +119,17 @@ class Checkpointer:
         self._layout: dict[str, tuple[Any, ...]] | None = None  # of the plan that is in force
         self._staged: dict[str, FlatRange] = {}
         self._verdicts: dict[str, bool] = {}
+        self._newest: Path | None = None
         try:
             self._open_folder()
         except CheckpointError:
             self.close()
             raise
+
+    @property
+    def newest(self) -> Path | None:
+        """The last checkpoint that this object has made durable; the same on all ranks."""
+        return self._newest
 
     def save(
         self,
@@ -257,19 +264,19 @@ class Checkpointer:
             if self._peers.rank == 0:
                 shutil.rmtree(job.partial, ignore_errors=True)
             raise
-        if final is not None:
+        self._newest = final
+        if self._peers.rank == 0:
             size = sum(record.size for record in files.values())
             seconds = time.perf_counter() - begin
             _logger.info("saved %s: %.1f MB on rank 0, %.2f s", final, size / 1e6, seconds)
-            try:
-                prune(
-                    self._folder,
-                    keep_last=self._keep_last,
-                    newest=final,
-                    verdicts=self._verdicts,
-                )
-            except OSError as error:
-                _logger.warning("old checkpoints were not deleted: %s", explain(error))
+            self._prune(final)
+
+    def _prune(self, newest: Path) -> None:
+        """Delete old checkpoints; that it cannot is no reason to end a run."""
+        try:
+            prune(self._folder, keep_last=self._keep_last, newest=newest, verdicts=self._verdicts)
+        except OSError as error:
+            _logger.warning("old checkpoints were not deleted: %s", explain(error))
 
     def _write_own_files(self, job: _Job) -> dict[str, FileRecord]:
         """Write this rank's ranges and state; return what it wrote."""
@@ -289,20 +296,19 @@ class Checkpointer:
         self._peers.agree(job.task, error)
         return writer.files
 
-    def _publish(self, job: _Job, files: dict[str, FileRecord]) -> Path | None:
-        """Describe, checksum and rename on rank 0; return the final path there, else None."""
+    def _publish(self, job: _Job, files: dict[str, FileRecord]) -> Path:
+        """Describe, checksum and rename on rank 0; return the final path."""
         gathered = self._peers.gather(files)
-        final: Path | None = None
         error: Exception | None = None
         if self._peers.rank == 0:
             try:
                 everything = {n: record for part in gathered for n, record in part.items()}
                 everything[META] = write_durable(job.partial / META, self._describe(job))
-                final = commit(job.partial, job.step, everything, job.token)
+                commit(job.partial, job.step, everything, job.token)
             except Exception as problem:  # told to all ranks, which would wait for this one
                 error = problem
         self._peers.agree(job.task, error)
-        return final
+        return step_path(self._folder, job.step)
 
     def _describe(self, job: _Job) -> bytes:
         described = {

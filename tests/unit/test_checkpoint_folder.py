@@ -131,6 +131,7 @@ def test_what_a_killed_save_left_is_reported_then_removed(
     assert ".step_00000030.partial-0a1b is incomplete" in caplog.text
     Checkpointer(folder, keep_last=1, asynchronous=False).close()
     assert _names(folder) == ["notes", "step_00000010"]
+    assert "removing" in caplog.text
 
 
 def test_a_folder_that_was_renamed_is_not_taken_for_another_step(folder: Path) -> None:

@@ -166,6 +166,7 @@ def test_a_failed_save_is_told_once_by_the_next_call_and_leaves_the_older_one(
         with pytest.raises(CheckpointError, match=words):
             checkpointer.save(3, ranges, meta={})
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert checkpointer.newest == tmp_path / "step_00000001"
     checkpointer.save(3, ranges, meta={})
     checkpointer.close()
     checkpointer.close()
