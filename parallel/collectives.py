@@ -111,10 +111,11 @@ def exchange_ints(values: Tensor, group: Group) -> Tensor:
     """All-to-all of equal integer slices: row r of (size, ...) goes to rank r."""
     if group.handle is None:
         return values
+    values = values.contiguous()  # before empty_like, which keeps strides
     received = torch.empty_like(values)
     group.traffic.calls += 1
     group.traffic.sent_bytes += values[0].numel() * values.element_size() * (group.size - 1)
-    dist.all_to_all_single(received, values.contiguous(), group=group.handle)
+    dist.all_to_all_single(received, values, group=group.handle)
     return received
 
 

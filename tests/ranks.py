@@ -16,11 +16,19 @@ from torch.multiprocessing.spawn import start_processes
 
 # The first assert_close in a child imports DTensor; preloading it saves seconds a test.
 multiprocessing.set_forkserver_preload(
-    ["torch", "torch.distributed.device_mesh", "torch.distributed.tensor"]
+    [
+        "torch",
+        "torch.distributed.device_mesh",
+        "torch.distributed.tensor",
+        "torch.distributed.checkpoint",
+        "gatewise.training.trainer",
+    ]
 )
 
 
-def _main(rank: int, world: int, store: str, body: Callable[..., None], args: Sequence[Any]) -> None:
+def _main(
+    rank: int, world: int, store: str, body: Callable[..., None], args: Sequence[Any]
+) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))

@@ -1,0 +1,247 @@
+"""Experts spread over ranks compute what one rank computes, forward and backward."""
+
+import copy
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gatewise.moe import MoE
+from gatewise.moe.compute import BACKWARD, FORWARD, Schedule
+from gatewise.moe.config import Activation
+from gatewise.moe.dispatch import AllToAllDispatcher, LocalDispatcher
+from gatewise.moe.experts import GroupedExperts
+from gatewise.moe.layer import MoELayer
+from gatewise.parallel.config import ParallelConfig
+from gatewise.parallel.dims import Groups, make_groups
+from gatewise.parallel.schedule.plan import staged_plan
+from gatewise.routers.api import RoutingContext
+from gatewise.routers.config import BalanceScope, RouterConfig
+from gatewise.routers.topk import TopKRouter
+from ranks import run_ranks
+
+HIDDEN, WIDTH, EXPERTS, TOP_K = 8, 6, 8, 2
+SHARES = {  # tokens of each rank, and whether all choose the same experts
+    "uneven": ([10, 7, 13, 4], False),
+    "one rank has no token": ([9, 0, 5, 6], False),
+    "all tokens to one rank's experts": ([8, 8, 6, 7], True),
+    "nobody has a token": ([0, 0, 0, 0], False),
+    "one token in all": ([0, 1, 0, 0], False),
+}
+
+
+def schedules() -> Iterator[tuple[str, Schedule]]:
+    """Yield 1, 2 and 3 chunks, one after the other and overlapped."""
+    for chunks in (1, 2, 3):
+        yield f"serial in {chunks}", Schedule.serial(chunks)
+        yield (
+            f"staged in {chunks}",
+            Schedule(staged_plan(FORWARD, chunks), staged_plan(BACKWARD, chunks)),
+        )
+
+
+def whole_layer() -> MoELayer:
+    torch.manual_seed(3)
+    layer = MoELayer(
+        TopKRouter(HIDDEN, EXPERTS, TOP_K, RouterConfig()),
+        GroupedExperts(EXPERTS, HIDDEN, WIDTH, Activation.swiglu),
+        LocalDispatcher(EXPERTS),
+    )
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer.double()
+
+
+def spread(whole: MoELayer, groups: Groups) -> MoELayer:
+    """Return this rank's part of the layer."""
+    if groups.expert.handle is None:
+        return copy.deepcopy(whole)
+    dispatcher = AllToAllDispatcher(EXPERTS, groups.expert)
+    mine = slice(dispatcher.first_expert, dispatcher.first_expert + dispatcher.num_local)
+    experts = GroupedExperts(
+        dispatcher.num_local,
+        HIDDEN,
+        WIDTH,
+        Activation.swiglu,
+        first_expert=dispatcher.first_expert,
+    ).double()
+    experts.w_in_eGD.data.copy_(whole.experts.w_in_eGD[mine])
+    experts.w_out_eDF.data.copy_(whole.experts.w_out_eDF[mine])
+    return MoELayer(copy.deepcopy(whole.router), experts, dispatcher)  # type: ignore[type-var]
+
+
+def passes(layer: MoELayer, x_TD: Tensor, mix_TD: Tensor) -> dict[str, Tensor]:
+    x_TD = x_TD.clone().requires_grad_()
+    y_TD, _, _ = layer(x_TD, RoutingContext(), 0)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    gradients = torch.autograd.grad((y_TD * mix_TD).sum(), (x_TD, *parameters))
+    return dict(zip(("y", "x", *names), (y_TD.detach(), *gradients), strict=True))
+
+
+def assert_near(have: Tensor, want: Tensor, what: str) -> None:
+    assert have.shape == want.shape, what
+    if want.numel():
+        error = float((have - want).abs().max()) / max(1.0, float(want.abs().max()))
+        assert error < 1e-10, f"{what} is off by {error:.1e}"
+
+
+def _is_the_one_rank_layer(rank: int, world: int, degree: int) -> None:
+    groups = make_groups(ParallelConfig(ranks=world, expert=degree))
+    for case, (shares, skewed) in SHARES.items():
+        generator = torch.Generator().manual_seed(1)
+        total = sum(shares[:world])
+        x_TD, mix_TD = torch.randn(2, total, HIDDEN, generator=generator, dtype=torch.float64)
+        whole = whole_layer()
+        if skewed:
+            x_TD[:, 0] = 1.0
+            with torch.no_grad():
+                whole.router.weight[:, 0] = -40.0 * torch.arange(EXPERTS)
+        layer = spread(whole, groups)
+        want = passes(whole, x_TD, mix_TD)
+        start = sum(shares[:rank])
+        mine = slice(start, start + shares[rank])
+        first = layer.dispatcher.first_expert
+        for plan, schedule in schedules():
+            layer.schedule = schedule
+            have = passes(layer, x_TD[mine], mix_TD[mine])
+            for name, value in have.items():
+                expected = want[name]
+                if name in ("y", "x"):
+                    expected = expected[mine]
+                elif name.startswith("experts"):
+                    expected = expected[first : first + layer.experts.num_local]
+                    if groups.expert_data.replicate.handle is not None:
+                        dist.all_reduce(value, group=groups.expert_data.replicate.handle)
+                else:
+                    dist.all_reduce(value, group=groups.control.handle)
+                assert_near(value, expected, f"{name}, {case}, {plan}")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 1), (4, 2), (4, 4)])
+def test_outputs_and_all_gradients_do_not_depend_on_the_expert_degree(
+    world: int, degree: int
+) -> None:
+    run_ranks(_is_the_one_rank_layer, world, (degree,))
+
+
+def _public_layer_is_the_one_rank_layer(rank: int, world: int) -> None:
+    for scope, shared, chunks in product(BalanceScope, (0, 1), (1, 2)):
+        torch.manual_seed(5)
+        router = RouterConfig(balance_scope=scope, balance_loss=0.3)
+        whole = MoE(HIDDEN, WIDTH, EXPERTS, TOP_K, router=router, shared_experts=shared).double()
+        layer = MoE(
+            HIDDEN,
+            WIDTH,
+            EXPERTS,
+            TOP_K,
+            router=router,
+            shared_experts=shared,
+            group=dist.group.WORLD,
+        ).double()
+        layer.layer.schedule = Schedule.serial(chunks)
+        local = EXPERTS // world
+        mine = slice(rank * local, (rank + 1) * local)
+        state = {
+            name: value[mine] if ".experts." in name else value
+            for name, value in whole.state_dict().items()
+        }
+        layer.load_state_dict(state)
+        layer = copy.deepcopy(layer)  # a copy keeps its group and its share of the gradients
+        x, mix = torch.randn(2, world, 5, HIDDEN, dtype=torch.float64)  # a sequence per rank
+        y = layer(x[rank : rank + 1])
+        loss = (y * mix[rank : rank + 1]).mean() + sum(layer.losses.values())
+        loss.backward()
+        # the loss of the whole batch is the mean of the ranks' losses
+        total = (whole(x) * mix).mean()
+        if scope is BalanceScope.micro_batch:  # by its meaning it depends on who has which tokens
+            total = total + whole.losses["z"]
+            for part in x:
+                whole(part)
+                total = total + whole.losses["balance"] / world
+        else:
+            total = total + sum(whole.losses.values())
+        total.backward()
+        reduced = loss.detach().clone()
+        dist.all_reduce(reduced)
+        assert_near(reduced / world, total.detach(), "loss")
+        for (name, parameter), (_, wanted) in zip(
+            layer.named_parameters(), whole.named_parameters(), strict=True
+        ):
+            gradient, expected = parameter.grad, wanted.grad
+            assert gradient is not None
+            assert expected is not None
+            if ".experts." in name:
+                expected = expected[mine]  # averaged already
+            else:
+                dist.all_reduce(gradient)
+                gradient = gradient / world
+            assert_near(gradient, expected, f"{name}, {scope.name}")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_public_layer_over_a_group_gives_averaged_expert_gradients(world: int) -> None:
+    run_ranks(_public_layer_is_the_one_rank_layer, world)
+
+
+def _some_ranks_freeze(rank: int, world: int) -> None:
+    """Ranks agree on the collectives whatever each of them wants gradients of."""
+    group = dist.group.WORLD
+    torch.manual_seed(5)
+    layer = MoE(HIDDEN, WIDTH, EXPERTS, TOP_K, group=group).double()
+    x = torch.randn(4, HIDDEN, dtype=torch.float64, requires_grad=rank == 0)
+    layer.experts.w_in_eGD.requires_grad_(rank != 0)
+    layer(x).sum().backward()
+    assert (x.grad is not None) == (rank == 0)
+    assert (layer.experts.w_in_eGD.grad is not None) == (rank != 0)
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+    layer.eval()
+    assert torch.isfinite(layer(x)).all()
+
+
+@pytest.mark.dist
+def test_ranks_may_want_different_gradients() -> None:
+    run_ranks(_some_ranks_freeze, 2)
+
+
+def _capacity_looks_at_local_tokens(rank: int, world: int) -> None:
+    torch.manual_seed(5)
+    whole = MoE(HIDDEN, WIDTH, EXPERTS, TOP_K, capacity_factor=0.5).double()
+    layer = MoE(HIDDEN, WIDTH, EXPERTS, TOP_K, capacity_factor=0.5, group=dist.group.WORLD).double()
+    local = EXPERTS // world
+    for name, value in layer.state_dict().items():
+        source = whole.state_dict()[name]
+        value.copy_(source[rank * local : (rank + 1) * local] if ".experts." in name else source)
+    x = torch.randn(world, 12, HIDDEN, dtype=torch.float64)
+    assert_near(layer(x[rank]).detach(), whole(x[rank]).detach(), "output of the same tokens")
+    padding = torch.arange(12) >= 6 + 6 * rank  # all of it on the last rank is real
+    want = whole(x[rank], padding).detach()
+    assert_near(layer(x[rank], padding).detach(), want, "output beside padding")
+
+
+@pytest.mark.dist
+def test_capacity_drops_alike_for_the_same_tokens_of_a_rank() -> None:
+    run_ranks(_capacity_looks_at_local_tokens, 2)
+
+
+def _one_exchange_of_counts(rank: int, world: int) -> None:
+    groups = make_groups(ParallelConfig(ranks=world, expert=world))
+    layer = spread(whole_layer(), groups)
+    x_TD = torch.randn(10, HIDDEN, dtype=torch.float64)
+    for chunks in (1, 3):
+        layer.schedule = Schedule.serial(chunks)
+        traffic = groups.expert.traffic
+        calls, sent = traffic.calls, traffic.sent_bytes
+        passes(layer, x_TD, x_TD)
+        assert traffic.calls - calls == 1 + 4 * chunks  # the counts; two ways, two passes
+        assert traffic.sent_bytes - sent <= 4 * 10 * TOP_K * HIDDEN * 8 + 8 * EXPERTS * chunks
+
+
+@pytest.mark.dist
+def test_a_layer_exchanges_counts_once_and_rows_four_times_a_chunk() -> None:
+    run_ranks(_one_exchange_of_counts, 2)
