@@ -16,7 +16,7 @@ endif
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PYTEST := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 # Each part has a limit in seconds, where the system has `timeout` (GNU or BSD).
 LIMIT := $(if $(shell command -v timeout),timeout -k 20)
 limit = $(if $(LIMIT),$(LIMIT) $(1))
