@@ -1,4 +1,4 @@
-"""`gatewise bench WHAT`: measurements of this machine; `bench layer` is the one there is."""
+"""`gatewise bench WHAT`: measurements of this machine."""
 
 import importlib
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ from gatewise.parallel.errors import ConfigError
 
 __all__ = ["run", "usage"]
 
-_BENCHES = {"layer": ("gatewise.launch.bench_layer", "one MoE layer beside its peers")}
+_BENCHES = {
+    "layer": ("gatewise.launch.bench_layer", "one MoE layer beside its peers"),
+    "step": ("gatewise.launch.bench_step", "where a training step spends its time"),
+}
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ COMMANDS = {
     "train": ("gatewise.launch.train", "train a model, or go on with a run that was stopped"),
     "evaluate": ("gatewise.launch.evaluate", "measure a checkpoint on validation text"),
     "generate": ("gatewise.launch.generate", "continue a prompt with a checkpoint"),
-    "bench": ("gatewise.launch.bench", "measure this machine: `bench layer`"),
+    "bench": ("gatewise.launch.bench", "measure this machine: `bench layer`, `bench step`"),
     "doctor": ("gatewise.launch.doctor", "show what is installed, what is missing, how to get it"),
 }
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from gatewise.moe.config import Activation
 from gatewise.moe.dispatch import Dispatcher, Ticket
@@ -149,9 +150,10 @@ class _MoECompute(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_TK: Tensor, w_in_eGD: Tensor, w_out_eDF: Tensor, job: Job
     ) -> Tensor:
         plan = job.schedule.forward
-        tickets = job.dispatcher.prepare(
-            job.expert_TK, chunk_tokens(x_TD.shape[0], plan.chunks), may_drop=job.may_drop
-        )
+        with record_function("moe.prepare"):
+            tickets = job.dispatcher.prepare(
+                job.expert_TK, chunk_tokens(x_TD.shape[0], plan.chunks), may_drop=job.may_drop
+            )
         y_TD = torch.empty_like(x_TD) if plan.chunks > 1 else None
         ordered: dict[int, Tensor] = {}
         moving: dict[tuple[str, int], RowExchange] = {}
@@ -329,6 +331,7 @@ def _run(
     by_name = {stage.name: fn for stage, fn in zip(graph.stages, functions, strict=True)}
 
     def run(task: Task) -> RowExchange | None:
-        return by_name[task.stage](task.chunk, tickets[task.chunk])
+        with record_function(f"moe.{task.stage}"):  # names for profiles
+            return by_name[task.stage](task.chunk, tickets[task.chunk])
 
     run_plan(graph, plan, run)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from gatewise.moe.ops.permute import sort_pairs
 from gatewise.parallel.collectives import Group, RowExchange, exchange_ints
@@ -128,7 +129,8 @@ class AllToAllDispatcher:
         size, local = self.group.size, self.num_local
         sorts = [sort_pairs(expert_TK[chunk], size * local) for chunk in chunks]
         send_PCe = torch.stack([count_E.view(size, local) for *_, count_E in sorts], 1)
-        receive_PCe = exchange_ints(send_PCe, self.group)
+        with record_function("moe.exchange_counts"):
+            receive_PCe = exchange_ints(send_PCe, self.group)
         # The one host synchronisation of the layer: the collectives need sizes as host integers.
         both = torch.stack((send_PCe, receive_PCe)).cpu()
         sent_CP = both[0].sum(2).T.tolist()

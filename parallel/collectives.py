@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 __all__ = [
     "NO_GROUP",
@@ -91,7 +92,8 @@ class RowExchange:
     def wait(self) -> Tensor:
         """Return the received rows, ordered by source rank."""
         if self._work is not None:
-            self._work.wait()
+            with record_function("comm.wait"):
+                self._work.wait()
             self._work = None
         return self._result_RD
 

@@ -19,7 +19,6 @@ from gatewise.parallel.errors import CheckpointError
 from gatewise.parallel.runtime import Runtime
 from gatewise.training.checkpointer import (
     Checkpointer,
-    find_latest,
     find_latest_together,
     load,
     read_meta,
@@ -124,8 +123,10 @@ class RunCheckpoints:
         self._saver.wait()
 
     def newest(self) -> Path | None:
-        """Return the newest complete checkpoint."""
-        return find_latest(self._folder)
+        """Return the newest durable checkpoint of this run, or the one it went on from."""
+        if self._saver.newest is not None or self.resumed_from is None:
+            return self._saver.newest
+        return Path(self.resumed_from)
 
     def close(self) -> None:
         """Finish the save that is under way."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from gatewise.moe.model import Decoder, DecoderOutput
 from gatewise.parallel.dims import Groups
@@ -99,7 +100,8 @@ def train_step(
         for name, part in parts.items():
             extra[name] = extra.get(name, 0) + part.detach() * share
         meter.add(output.routings)
-    reducer.finish()
+    with record_function("step.reduce"):
+        reducer.finish()
     if measure:
         meter.measure_gradients(reducer)  # now: a fused optimizer scales them in place
     asked = loss.new_tensor(float(stop))
@@ -109,7 +111,8 @@ def train_step(
     # gradients are sums over ranks: one scale divides by their number and clips
     factor = (norms["total"] / clip).clamp(min=1.0) if clip else torch.ones_like(loss)
     scale = torch.where(finite, factor, 1.0) * reducer.divisor
-    optimizer.step(lr, scale=scale, skip=skipped)
+    with record_function("step.update"):
+        optimizer.step(lr, scale=scale, skip=skipped)
     reducer.clear()
     if router.bias_rate and balance.count_LE is not None:
         _update_biases(model, balance.count_LE, rate=router.bias_rate, finite=finite)

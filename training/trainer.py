@@ -149,7 +149,7 @@ class Trainer:
             began = time.perf_counter()
             step = self.progress.step + 1
             logged = step % config.log_every == 0 or step == config.steps
-            result = self._step(measure=logged)
+            result = self.run_step(measure=logged)
             losses.add(result)
             tokens = config.batch.sequences * config.data.sequence_length
             # reading scalars makes the host wait; in between, one step may be under way
@@ -188,7 +188,12 @@ class Trainer:
         """Finish saves that are under way."""
         self.checkpoints.close()
 
-    def _step(self, *, measure: bool) -> StepResult:
+    def run_step(self, *, measure: bool = False) -> StepResult:
+        """Run one optimizer step on the next samples.
+
+        Args:
+            measure: also take the norms of single experts' gradients.
+        """
         config, progress = self.config, self.progress
         micro_batches, noise = self._read_micro_batches()
         result = train_step(
