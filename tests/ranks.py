@@ -1,6 +1,7 @@
 """Run a test body on several gloo ranks: forkserver, file store, no ports.
 
-Read first: `CONTRIBUTING.md`, "Tests". A body is a module-level function `body(rank, world, *args)`.
+Read first: `CONTRIBUTING.md`, "Tests". A body is a module-level function
+`body(rank, world, *args)`.
 """
 
 import multiprocessing
