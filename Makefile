@@ -4,12 +4,14 @@
 #   make install                 .venv with gatewise and the tools of development
 #   make install TORCH=torch     ... with the newest torch of the index (machines with a GPU)
 #   make quickstart              train on 2 ranks, evaluate, print a sample
+#   make quickstart ARGS=...     ... with other settings, as ARGS='steps=100 seed=1'
 #   make test                    format, lint, types, unit, distributed and end-to-end tests
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PROMPT ?= def
+ARGS ?=
 ifndef RUN
 RUN := runs/quickstart/$(shell date +%Y-%m-%d_%H-%M-%S)
 endif
@@ -48,7 +50,7 @@ install: $(VENV)/.dev
 
 # The last line is the path of the training's result.
 quickstart: $(VENV)/.core
-	@$(BIN)/gatewise train experiment=quickstart run.dir='$(RUN)'
+	@$(BIN)/gatewise train experiment=quickstart run.dir='$(RUN)' $(ARGS)
 	@$(BIN)/gatewise generate checkpoint='$(RUN)' prompt='$(PROMPT)' tokens=200 run.dir='$(RUN)/sample'
 	@echo '$(abspath $(RUN))/result.json'
 
