@@ -10,6 +10,7 @@ from gatewise.conf.fields import field_table
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
 from gatewise.launch.usage import usage_text
+from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import RunConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ def usage(arguments: Sequence[str]) -> str:
 def run(arguments: Sequence[str]) -> int:
     """Evaluate as the command line says and return the exit code."""
     own, rest = _split(arguments)
+    if "checkpoint" not in own:
+        raise ConfigError("checkpoint is not set; give checkpoint=PATH, a run's folder or a step")
     from gatewise.launch.restore import open_checkpoint
 
-    stored = open_checkpoint(own.get("checkpoint"))
+    stored = open_checkpoint(own["checkpoint"])
     config = override_config(
         replace(stored.config, run=RunConfig()), rest, sections=(*_SECTIONS, "run")
     )

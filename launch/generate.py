@@ -48,10 +48,11 @@ def run(arguments: Sequence[str]) -> int:
     if config.checkpoint is None:
         raise ConfigError("checkpoint is not set; give checkpoint=PATH, a run's folder or a step")
     folder = RunFolder.choose(config.run.dir, "generate")
-    return run_session("generate", folder, lambda: _generate(config))
+    checkpoint = config.checkpoint
+    return run_session("generate", folder, lambda: _generate(config, checkpoint))
 
 
-def _generate(config: GenerateConfig) -> Mapping[str, Any]:
+def _generate(config: GenerateConfig, checkpoint: str) -> Mapping[str, Any]:
     from gatewise.launch.restore import open_checkpoint, restore_model, restore_tokenizer
     from gatewise.parallel.config import ParallelConfig
     from gatewise.parallel.runtime import running
@@ -60,7 +61,7 @@ def _generate(config: GenerateConfig) -> Mapping[str, Any]:
     sampling = Sampling(
         tokens=config.tokens, temperature=config.temperature, top_k=config.top_k, seed=config.seed
     )
-    stored = open_checkpoint(config.checkpoint)
+    stored = open_checkpoint(checkpoint)
     if config.precision is not None:
         stored = replace(stored, config=replace(stored.config, precision=config.precision))
     tokenizer = restore_tokenizer(stored)

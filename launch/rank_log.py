@@ -5,12 +5,13 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from gatewise.launch.world import Place
 
-__all__ = ["configure_logging", "log_tail", "redirect", "start_line"]
+__all__ = ["configure_logging", "log_tail", "redirect", "start_line", "tell_user"]
 
 _NEW_START = "=== start"
 
@@ -35,6 +36,22 @@ def configure_logging(handlers: Sequence[logging.Handler], place: Place) -> None
     if place.rank == 0 and len(handlers) > 1:
         handlers[-1].setLevel(logging.WARNING)
         handlers[-1].setFormatter(logging.Formatter("gatewise: %(levelname)s: %(message)s"))
+
+
+@contextmanager
+def tell_user() -> Iterator[None]:
+    """Show the user what is logged while the command prepares its run."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("  %(message)s"))
+    logger = logging.getLogger("gatewise")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def start_line() -> str:

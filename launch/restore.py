@@ -12,7 +12,7 @@ from gatewise.conf.compose import config_from_yaml
 from gatewise.moe.model import Decoder, set_precision
 from gatewise.moe.parallelize import build_model
 from gatewise.parallel.collectives import NO_GROUP
-from gatewise.parallel.errors import CheckpointError, ConfigError
+from gatewise.parallel.errors import CheckpointError
 from gatewise.training.checkpointer import find_latest, load, read_meta, verify
 from gatewise.training.config import TrainConfig
 from gatewise.training.data import PreparedData, prepare_data
@@ -76,15 +76,12 @@ def locate_checkpoint(name: str) -> Path:
     return latest.resolve()
 
 
-def open_checkpoint(name: str | None) -> Stored:
+def open_checkpoint(name: str) -> Stored:
     """Find a checkpoint and read its settings.
 
     Raises:
-        ConfigError: if no name is given.
         CheckpointError: as `locate_checkpoint`, or if its settings cannot be read.
     """
-    if name is None:
-        raise ConfigError("checkpoint is not set; give checkpoint=PATH, a run's folder or a step")
     path = locate_checkpoint(name)
     return Stored(path, _stored_config(path), read_meta(path)["meta"])
 

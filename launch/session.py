@@ -81,8 +81,13 @@ def run_session(
     result["peak_rss_mb"] = max(result["peak_rss_mb"], peak_rss_mb())
     if "error" in result:
         print_error(result["error"])
-    path = folder.write_result(result)
-    folder.release()
+    try:
+        path = folder.write_result(result)
+    except ConfigError as error:
+        print_error(one_line(error))
+        return int(result["exit"]) or EXIT_CRASH
+    finally:
+        folder.release()
     print(path, flush=True)
     return int(result["exit"])
 

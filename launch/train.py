@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gatewise.conf.compose import config_to_yaml, group_choices, load_train_config
 from gatewise.conf.fields import field_table
 from gatewise.conf.schemas import GROUPS
+from gatewise.launch.rank_log import tell_user
 from gatewise.launch.run_folder import RunFolder, writable
 from gatewise.launch.session import (
     EXIT_CONFIG,
@@ -213,8 +214,10 @@ def _prepare(config: TrainConfig, folder: RunFolder) -> Path:
     from gatewise.launch.restore import check_resume
     from gatewise.training.data import prepare_data
 
-    data = prepare_data(config.data)
-    check_resume(config, folder.path, data)
+    with tell_user():
+        data = prepare_data(config.data)
+        print(f"  text: {len(data.train):,} tokens, {len(data.validation):,} of validation")
+        check_resume(config, folder.path, data)
     folder.write_config(config_to_yaml(config))
     folder.write_environment([Path(sys.argv[0]).name, *sys.argv[1:]])
     with writable(folder.path):

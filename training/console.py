@@ -47,6 +47,7 @@ class ConsoleSink:
         self._stream = stream if stream is not None else sys.stdout
         self._clock = clock
         self._is_terminal = self._stream.isatty()
+        self._is_gone = False
         self._first: tuple[int, float] | None = None  # step and time of the first record
 
     def resume(self, step: int) -> None:
@@ -75,8 +76,7 @@ class ConsoleSink:
         self._print("  ".join(cells), style=style)
 
     def close(self) -> None:
-        """Show the last line at once."""
-        self._stream.flush()
+        """Nothing: every line was shown at once."""
 
     def _seconds_left(self, step: int) -> float | None:
         now = self._clock()
@@ -87,14 +87,19 @@ class ConsoleSink:
         return (now - then) / (step - first_step) * (self._total - step)
 
     def _print(self, text: str, *, style: str) -> None:
-        if self._is_terminal:
-            from rich.console import Console
-            from rich.text import Text
+        if self._is_gone:
+            return
+        try:
+            if self._is_terminal:
+                from rich.console import Console
+                from rich.text import Text
 
-            Console(file=self._stream, soft_wrap=True).print(Text(text, style=style))
-        else:
-            print(text, file=self._stream)
-        self._stream.flush()
+                Console(file=self._stream, soft_wrap=True).print(Text(text, style=style))
+            else:
+                print(text, file=self._stream)
+            self._stream.flush()
+        except OSError:  # the reader is gone, as in `gatewise train | head`; training goes on
+            self._is_gone = True
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ calls `resume` once before its first record, `write` for each record, `close` at
 rank 0 has sinks.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ __all__ = ["JsonlSink", "MetricSink", "close_all", "read_records"]
 
 
 class MetricSink(Protocol):
-    """Takes records; a sink that cannot go on must not stop the training."""
+    """Takes records; a view that cannot go on must not stop the training."""
 
     def resume(self, step: int) -> None:
         """Forget what was recorded after `step`: training goes on from there (0: a new start)."""
@@ -54,10 +55,21 @@ class JsonlSink:
         """Append one record; not a number becomes null, because JSON has no nan."""
         if not self._is_settled:
             self._truncate(int(record["step"]) - 1)
-        if self._stream is None:
-            self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         plain = {key: _plain(value) for key, value in record.items()}
-        self._stream.write(json.dumps(plain, allow_nan=False) + "\n")
+        text = json.dumps(plain, allow_nan=False) + "\n"
+        try:
+            if self._stream is None:
+                self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._stream.write(text)
+        except OSError as error:
+            if self._stream is not None:
+                with contextlib.suppress(OSError):  # it would try to write the rest again
+                    self._stream.close()
+                self._stream = None
+            raise RuntimeError(
+                f"{self._path} cannot be written ({error.strerror or error}); free space, then "
+                "start again: the run goes on from its last checkpoint"
+            ) from error
 
     def close(self) -> None:
         """Force the file to the disk."""

@@ -120,6 +120,21 @@ def test_a_failure_still_leaves_a_result(
     assert captured.err.splitlines()[-1].startswith("gatewise: error: ")
 
 
+def test_a_result_that_cannot_be_stored_is_a_failure_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder.choose(str(tmp_path), "x")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert run_session("train", folder, dict) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "No space left on device" in captured.err
+
+
 def test_the_exit_codes_are_the_published_ones() -> None:
     assert (session.EXIT_OK, session.EXIT_CRASH, session.EXIT_CONFIG, session.EXIT_REQUEUE) == (
         0,

@@ -71,3 +71,15 @@ def test_on_a_terminal_the_same_words_stand_on_one_line() -> None:
     assert "going on after step 2" in stream.getvalue()
     assert "val loss 1.0000" in stream.getvalue()
     assert len(stream.getvalue().splitlines()) == 2
+
+
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_reader_that_has_left_does_not_stop_the_training() -> None:
+    sink = ConsoleSink(9, stream=Gone())
+    for step in (1, 2):
+        sink.write({"step": step, "train/loss": 1.0})
+    sink.close()

@@ -102,6 +102,16 @@ def test_numbers_come_back_with_all_their_digits(tmp_path: Path) -> None:
     assert read_records(tmp_path / "m.jsonl")[0]["train/loss"] == value
 
 
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "m.jsonl").symlink_to("/dev/full")
+    sink = JsonlSink(tmp_path / "m.jsonl")
+    sink._is_settled = True  # there is nothing to read back from a device
+    with pytest.raises(RuntimeError, match=r"m\.jsonl cannot be written \(No space left"):
+        sink.write({"step": 1, "train/loss": 1.0})
+
+
 class Failing:
     closed = False
 
