@@ -93,10 +93,9 @@ def run_here(body: Body, place: Place, args: Sequence[Any], *, log: Path) -> Out
             finally:
                 postman.cancel()
     except Exception as error:
-        trace = traceback.format_exc()
         with open(log, "a", encoding="utf-8") as stream:
-            stream.write(start_line() + trace)
-        outcome = Outcome(place, error=_one_line(error), trace=trace, exit_code=1)
+            stream.write(start_line() + traceback.format_exc())
+        outcome = Outcome(place, error=_one_line(error), trace=_trace(error), exit_code=1)
         raise _failure([outcome], log.parent) from error
     finally:
         for handler in handlers:
@@ -262,8 +261,8 @@ def _rank_main(
     except BaseException as error:
         code = 1
         message["error"] = _one_line(error)
-        message["trace"] = traceback.format_exc()
-        sys.stderr.write(message["trace"])
+        message["trace"] = _trace(error)
+        traceback.print_exc()
     message["peak_rss_mb"] = peak_rss_mb()
     pipe.send(message)
     pipe.close()
@@ -306,7 +305,7 @@ def _failure(outcomes: Sequence[Outcome], logs: Path) -> RankFailure:
             what += " (by hand, or because memory ran out)"
     else:
         what = f"ended with exit code {cause.exit_code} and no message"
-    details = cause.trace or log_tail(log)
+    details = cause.trace if cause.error is not None else log_tail(log)
     return RankFailure(
         f"rank {cause.place.rank}: {what} (log: {log})",
         details="\n".join(details.strip().splitlines()[-8:]),
@@ -316,6 +315,11 @@ def _failure(outcomes: Sequence[Outcome], logs: Path) -> RankFailure:
 def _is_consequence(outcome: Outcome) -> bool:
     """Tell whether a rank only saw that another one was gone."""
     return any(words in (outcome.error or "").lower() for words in _LOST_PEER)
+
+
+def _trace(error: BaseException) -> str:
+    """Return the traceback to show; a user's mistake needs none, its line says what to do."""
+    return "" if isinstance(error, ConfigError) else traceback.format_exc()
 
 
 def _one_line(error: BaseException) -> str:

@@ -68,8 +68,10 @@ def test_a_rank_that_raises_is_named_with_its_error(tmp_path: Path) -> None:
 
 
 def test_a_users_mistake_on_a_rank_is_told_without_its_type(tmp_path: Path) -> None:
-    with pytest.raises(RankFailure, match=r"^rank 1: checkpoint x is of another model "):
+    with pytest.raises(RankFailure, match=r"^rank 1: checkpoint x is of another model ") as caught:
         start(_rank_1_raises, tmp_path, CheckpointError("checkpoint x is of another model"))
+    assert caught.value.details == ""
+    assert "Traceback" in (tmp_path / "rank_1.log").read_text()
 
 
 def _rank_0_is_killed(place: Place) -> dict[str, Any]:
