@@ -198,7 +198,9 @@ def initialise(model: Decoder, seed: int) -> None:
 
 
 def _normal_(data: Tensor, std: float, seed: int, name: str) -> None:
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+    # a CPU generator looks at the low 32 bits of its seed only, so both must be mixed into these
+    mixed = (zlib.crc32(name.encode()) + seed * 0x9E3779B1) & 0xFFFFFFFF
+    generator = torch.Generator().manual_seed(mixed)
     data.copy_(torch.randn(data.shape, generator=generator) * std)
 
 

@@ -1,6 +1,12 @@
 """Settings of every suite: one that ran no test has failed, skipped tests or not."""
 
 import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--regen-golden`: write the stored numbers anew instead of comparing with them."""
+    parser.addoption("--regen-golden", action="store_true", help="rewrite tests/golden/*.json")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -10,3 +16,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     if not reporter.stats.get("passed"):
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.fixture
+def regen_golden(request: pytest.FixtureRequest) -> bool:
+    """Tell whether stored numbers are written anew."""
+    return bool(request.config.getoption("--regen-golden"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -114,8 +114,6 @@ class ShardedAdamW:
     @property
     def updates(self) -> int:
         """Number of updates applied (skipped steps do not count); the host waits for it."""
-        if not self.masters:
-            return 0
         return int(self._inner.state[self.masters[0]]["step"].item())
 
     @updates.setter
