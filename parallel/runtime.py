@@ -16,7 +16,14 @@ import torch.distributed as dist
 from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.dims import Groups, make_groups
 
-__all__ = ["Runtime", "keep_freed_memory", "multiplies_bf16", "running", "start_runtime"]
+__all__ = [
+    "Runtime",
+    "keep_freed_memory",
+    "memory_mb",
+    "multiplies_bf16",
+    "running",
+    "start_runtime",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +109,18 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, never)) and bool(
         mallopt(m_arena_max, 1)
     )
+
+
+def memory_mb(device: torch.device) -> float:
+    """Return what this rank holds now, in MiB: of the GPU's memory, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            pages = int(stream.read().split()[1])
+    except OSError:  # not Linux
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -22,7 +22,7 @@ from gatewise.moe.model import Decoder, parameter_specs
 from gatewise.moe.parallelize import build_model, write_gradients_directly
 from gatewise.parallel.buckets import make_buckets
 from gatewise.parallel.reducer import GradientReducer
-from gatewise.parallel.runtime import Runtime, multiplies_bf16
+from gatewise.parallel.runtime import Runtime, memory_mb, multiplies_bf16
 from gatewise.routers.api import NoiseKey
 from gatewise.training.config import Precision, TrainConfig
 from gatewise.training.data import PreparedData
@@ -269,6 +269,7 @@ class Trainer:
             "train/epoch": self.progress.sample / self.order.sequences_per_epoch,
             "train/skipped_steps": self.progress.skipped,
             "train/tokens_per_second": window.rate(),
+            "train/memory_mb": memory_mb(self.runtime.device),
         }
         record |= {f"train/{name}_loss": float(value) for name, value in result.extra.items()}
         record |= {
