@@ -294,11 +294,14 @@ def _weight_gradient(  # noqa: PLR0917 - the operands of one kernel
 
 def _grouped_mm_takes(*operands: Tensor) -> bool:
     """Tell whether torch's grouped product accepts these operands (no fp64; rows of 16 bytes)."""
-    return all(
-        x.dtype in {torch.float32, torch.bfloat16}
-        and all(stride == 1 or stride * x.element_size() % 16 == 0 for stride in x.stride())
-        for x in operands
-    )
+    for x in operands:
+        row, column = x.stride()[-2:]
+        steps = [row if column == 1 else column, *x.stride()[:-2]]
+        if 1 not in {row, column} or x.dtype not in {torch.float32, torch.bfloat16}:
+            return False
+        if any(step * x.element_size() % 16 for step in steps):
+            return False
+    return True
 
 
 def _bounds(end_e: Tensor, count_list: list[int] | None) -> list[tuple[int, int]]:

@@ -67,8 +67,6 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.gatewise_lanes.restype = ctypes.c_int64
-        self.lanes = int(library.gatewise_lanes())  # floats per vector
         region = _parallel_region()
         if region is not None:
             library.gatewise_use_threads(region)
@@ -142,8 +140,8 @@ class Kernels:
         weights: tuple[Tensor, Tensor],
         activation: Activation,
     ) -> tuple[Tensor, Tensor]:
-        """Return the outputs, and the first product in the kernels' own layout (flat)."""
-        hidden = x_RD.new_empty(self._padded_rows(x_RD, end_e) * weights[0].shape[1])
+        """Return the outputs, and the first product (R, G)."""
+        hidden = x_RD.new_empty(x_RD.shape[0], weights[0].shape[1])
         y_RD = torch.empty_like(x_RD)
         self._ffn("forward", end_e, weights, activation, x=x_RD, y=y_RD, hidden=hidden)
         return y_RD, hidden
@@ -158,7 +156,7 @@ class Kernels:
         *,
         need_dx: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return dx, the gradient of the first product (flat), and the activations (R, F)."""
+        """Return dx, the gradient of the first product, and the activations (R, F)."""
         dhidden = torch.empty_like(hidden)
         inner_RF = dy_RD.new_empty(dy_RD.shape[0], weights[1].shape[2])
         dx_RD = torch.empty_like(dy_RD) if need_dx else None
@@ -229,11 +227,6 @@ class Kernels:
             *_sizes(torch.get_num_threads()),
         )
         return dhidden_RG, inner_RF
-
-    def _padded_rows(self, x_RD: Tensor, end_e: Tensor) -> int:
-        """Bound the rows when each expert's are padded to whole vectors."""
-        num_rows = x_RD.shape[0]
-        return num_rows + min(num_rows, end_e.shape[0]) * (self.lanes - 1)
 
     def _ffn(
         self,

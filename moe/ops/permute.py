@@ -129,10 +129,12 @@ def _sum_rows(y_ND: Tensor, inverse_TK: Tensor, weight_TK: Tensor | None) -> Ten
     if y_ND.shape[0] == 0:
         return total_TD.to(y_ND.dtype)
     for choice in range(top_k):
-        row_T1 = inverse_TK[:, choice, None]
-        rows_TD = y_ND.index_select(0, row_T1[:, 0].clamp_min(0)).to(wide)
-        if weight_TK is not None:
-            rows_TD = rows_TD * weight_TK[:, choice, None].to(wide)
-        # not a product with 0: the row that stands in for a dropped pair may hold NaN
-        total_TD += rows_TD.masked_fill_(row_T1 < 0, 0.0)
+        row_T = inverse_TK[:, choice]
+        rows_TD = y_ND.index_select(0, row_T.clamp_min(0)).to(wide)
+        # where, not a weight of zero: the row that stands in may hold NaN
+        rows_TD = torch.where((row_T >= 0).unsqueeze(1), rows_TD, 0.0)
+        if weight_TK is None:
+            total_TD += rows_TD
+        else:
+            total_TD.addcmul_(rows_TD, weight_TK[:, choice].to(wide).unsqueeze(1))
     return total_TD.to(y_ND.dtype)

@@ -13,7 +13,7 @@ inline vec normal(vec x, vec* density) {
   vec a = pick(x < vec{}, -x, x);
   a = pick(a > broadcast(13.0f), broadcast(13.0f), a);
   vec d = exponential(-0.5f * a * a) * 0.398942280f;
-  vec t = 1.0f / (1.0f + 0.25f * a);
+  vec t = reciprocal(1.0f + 0.25f * a);
   const float c[10] = {0.25003704f, 0.249278816f, 0.240302216f, 0.176578579f,  0.22796371f,
                        0.012697627f, 0.093423192f, 0.113458351f, -0.150806902f, 0.040381518f};
   vec ratio = broadcast(c[9]);

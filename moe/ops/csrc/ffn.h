@@ -1,10 +1,12 @@
-// The grouped feed-forward network and its gradients; rows are sorted by expert.
+// The grouped feed-forward network: forward pass, and the gradient of its rows.
 //
-// Rows of one expert are cut into panels of at most PANEL rows. A panel's numbers lie transposed,
-// [feature][lane], while they are the vector side of a product, and the weight is the broadcast
-// side (gemm.h). `hidden` and `dhidden` keep that layout in memory: panel p starts at
-// `offset[p] * G`, so a row index needs no padding but the buffers need LANES - 1 more rows for
-// each expert that has any.
+// Matrices lie in memory row by row, but for `hidden`, the first product, which only these two
+// passes see: a block's columns are cut into bands, and a band's numbers lie together, so that
+// both passes walk through memory.
+//
+// Forward, the weights are the broadcast side of the products (gemm.h): they are contiguous along
+// the sum, so they are read where they lie, once per block of rows, and only the few rows are
+// transposed. Backward they are the vector side, copied one band of columns at a time.
 //
 // Letters:  R rows   E experts   D model width   F expert width   G = 2F with a gate, else F
 #pragma once
@@ -26,61 +28,31 @@ struct FfnCall {
   void *hidden, *y, *dx, *dhidden, *inner, *dw_in, *dw_out;
 };
 
-struct Panel {
-  int64_t expert, row, offset;
-  int lanes, vectors;
+constexpr int64_t BLOCK = 128;                     // rows per pass over an expert's weights
+constexpr int64_t BAND = PANEL > 64 ? PANEL : 64;  // columns that are worked on together
+constexpr int64_t LINE = 64;                       // bytes of a cache line
+// Results larger than this would only push everything else out of the caches.
+constexpr int64_t STREAM_BYTES = int64_t(16) << 20;
+
+struct Block {  // some rows of one expert
+  int64_t expert, row, rows;
 };
 
-struct Group {  // panels first ... last - 1 of one expert share each strip of weights
-  int64_t first, last;
-};
-
-constexpr int GROUP_PANELS = 128 / PANEL;  // rows per pass over the weights
-constexpr int BAND = 4 * STRIP;            // weight columns packed at a time
-constexpr int64_t DEPTH = 512;             // of a product whose depth is cut
-
-inline std::vector<Panel> cut_panels(const FfnCall& call) {
-  std::vector<Panel> panels;
-  int64_t row = 0, offset = 0;
+// Cut every expert's rows into blocks of nearly equal size, whole vectors where possible.
+inline std::vector<Block> cut_blocks(const FfnCall& call) {
+  std::vector<Block> blocks;
+  int64_t row = 0;
   for (int64_t e = 0; e < call.experts; e++) {
-    int64_t rows = call.end[e] - row;
-    int64_t units = (rows + LANES - 1) / LANES;
-    int64_t parts = (units + MAX_VECTORS - 1) / MAX_VECTORS;
+    const int64_t units = (call.end[e] - row + LANES - 1) / LANES;
+    const int64_t parts = (units * LANES + BLOCK - 1) / BLOCK;
     for (int64_t p = 0; p < parts; p++) {
-      int vectors = int(units / parts + (p < units % parts));
-      int lanes = int(std::min<int64_t>(vectors * LANES, call.end[e] - row));
-      panels.push_back({e, row, offset, lanes, vectors});
-      row += lanes;
-      offset += vectors * LANES;
+      const int64_t part = (units / parts + (p < units % parts)) * LANES;
+      const int64_t rows = std::min<int64_t>(part, call.end[e] - row);
+      blocks.push_back({e, row, rows});
+      row += rows;
     }
   }
-  return panels;
-}
-
-inline std::vector<Group> cut_groups(const std::vector<Panel>& panels) {
-  std::vector<Group> groups;
-  for (int64_t p = 0; p < int64_t(panels.size()); p++) {
-    if (!groups.empty() && panels[groups.back().first].expert == panels[p].expert &&
-        p - groups.back().first < GROUP_PANELS)
-      groups.back().last = p + 1;
-    else
-      groups.push_back({p, p + 1});
-  }
-  return groups;
-}
-
-// Rows of a weight as floats: where they lie, or converted into `buffer`.
-inline Rows weight_rows(const float* weight, int64_t depth, int, float*) { return {weight, depth}; }
-inline Rows weight_rows(const bf16* weight, int64_t depth, int rows, float* buffer) {
-  convert(weight, rows * depth, buffer);
-  return {buffer, depth};
-}
-
-// A stretch of numbers as floats: where it lies, or converted into `buffer`.
-inline const float* as_floats(const float* x, int64_t, float*) { return x; }
-inline const float* as_floats(const bf16* x, int64_t count, float* buffer) {
-  convert(x, count, buffer);
-  return buffer;
+  return blocks;
 }
 
 template <class T, int ACTIVATION>
@@ -91,164 +63,227 @@ class Ffn {
         D_(call.width),
         F_(call.expert_width),
         G_(ACTIVATION == SWIGLU ? 2 * F_ : F_),
-        panels_(cut_panels(call)) {}
+        streams_(call.end[call.experts - 1] * F_ * int64_t(sizeof(T)) > STREAM_BYTES &&
+                 F_ % (LINE / sizeof(T)) == 0 &&
+                 (reinterpret_cast<uintptr_t>(call.inner) |
+                  reinterpret_cast<uintptr_t>(call.dhidden)) % LINE == 0) {}
 
   void forward() const {
-    auto groups = cut_groups(panels_);
-    run_tasks(int64_t(groups.size()), call_.threads, [&](int64_t g) { forward(groups[g]); });
+    const auto blocks = cut_blocks(call_);
+    run_tasks(int64_t(blocks.size()), call_.threads, [&](int64_t i) { forward(blocks[i]); });
   }
 
   void backward_data() const {
-    auto groups = cut_groups(panels_);
-    run_tasks(int64_t(groups.size()), call_.threads, [&](int64_t g) { backward(groups[g]); });
+    const auto blocks = cut_blocks(call_);
+    run_tasks(int64_t(blocks.size()), call_.threads, [&](int64_t i) { backward(blocks[i]); });
   }
-
-  template <class W>
-  void backward_weights() const;
 
  private:
   static constexpr bool GATED = ACTIVATION == SWIGLU;
+  static constexpr int HALVES = GATED ? 2 : 1;
+  static constexpr int PANELS = int((BLOCK + PANEL - 1) / PANEL);
 
-  void forward(Group group) const {
+  struct Panel {  // rows of a block that are the vectors of one product
+    int64_t row;
+    int lanes, vectors;
+  };
+
+  static int cut_panels(const Block& block, Panel* panels) {
+    const int64_t units = (block.rows + LANES - 1) / LANES;
+    const int count = int((units + MAX_VECTORS - 1) / MAX_VECTORS);
+    int64_t row = 0;
+    for (int p = 0; p < count; p++) {
+      const int vectors = int(units / count + (p < units % count));
+      const int lanes = int(std::min<int64_t>(vectors * LANES, block.rows - row));
+      panels[p] = {row, lanes, vectors};
+      row += lanes;
+    }
+    return count;
+  }
+
+  // Where the band of `hidden` that starts at column f (of the gate or the up half) lies.
+  T* hidden_band(const Block& block, int64_t f, int half) const {
+    return static_cast<T*>(call_.hidden) + block.row * G_ + (half * F_ + f) * block.rows;
+  }
+
+  void forward(const Block& block) const {
     const int64_t wide = std::max(D_, F_);
-    float* x_panels = scratch(GROUP_PANELS * PANEL * (D_ + F_) + 2 * STRIP * (PANEL + wide));
-    float* inner = x_panels + GROUP_PANELS * PANEL * D_;
-    float* gate = inner + GROUP_PANELS * PANEL * F_;
-    float* up = gate + STRIP * PANEL;
-    float* strip = up + STRIP * PANEL;
-    const int64_t expert = panels_[group.first].expert;
-    const T* w_in = static_cast<const T*>(call_.w_in) + expert * G_ * D_;
-    const T* w_out = static_cast<const T*>(call_.w_out) + expert * D_ * F_;
+    float* x_panels = scratch(PANELS * PANEL * (D_ + F_ + 2 * BAND) + 2 * STRIP * wide);
+    float* inner = x_panels + PANELS * PANEL * D_;
+    float* hidden = inner + PANELS * PANEL * F_;
+    float* strip = hidden + PANELS * PANEL * 2 * BAND;
+    const T* w_in = static_cast<const T*>(call_.w_in) + block.expert * G_ * D_;
+    const T* w_out = static_cast<const T*>(call_.w_out) + block.expert * D_ * F_;
+    Panel panels[PANELS];
+    const int count = cut_panels(block, panels);
 
-    for (int64_t p = group.first; p < group.last; p++)
-      pack_transposed(static_cast<const T*>(call_.x) + panels_[p].row * D_, D_, panels_[p].lanes,
-                      D_, x_panels + (p - group.first) * PANEL * D_, PANEL);
-    for (int64_t f = 0; f < F_; f += STRIP) {
-      const int rows = int(std::min<int64_t>(STRIP, F_ - f));
-      Rows a_gate = weight_rows(w_in + f * D_, D_, rows, strip);
-      Rows a_up = GATED ? weight_rows(w_in + (F_ + f) * D_, D_, rows, strip + STRIP * D_) : a_gate;
-      for (int64_t p = group.first; p < group.last; p++) {
-        const Panel& panel = panels_[p];
-        const float* b = x_panels + (p - group.first) * PANEL * D_;
-        multiply_strip(panel.vectors, rows, D_, a_gate, b, PANEL, gate, false);
-        if (GATED) multiply_strip(panel.vectors, rows, D_, a_up, b, PANEL, up, false);
-        activate_strip(panel, f, rows, gate, up, inner + ((p - group.first) * F_ + f) * PANEL);
+    for (int p = 0; p < count; p++)
+      pack_transposed(static_cast<const T*>(call_.x) + (block.row + panels[p].row) * D_, D_,
+                      panels[p].lanes, D_, x_panels + p * PANEL * D_);
+    for (int64_t f = 0; f < F_; f += BAND) {
+      const int64_t band = std::min(BAND, F_ - f);
+      for (int half = 0; half < HALVES; half++)
+        weight_times_panels(w_in + (half * F_ + f) * D_, band, D_, x_panels, panels, count, strip,
+                            hidden + half * BAND * PANEL, 2 * BAND);
+      for (int p = 0; p < count; p++) {
+        float* own = hidden + p * 2 * BAND * PANEL;
+        const int64_t width = panels[p].vectors * LANES;
+        for (int64_t at = 0; at < band * width; at += LANES)
+          if constexpr (GATED)
+            store(inner + p * F_ * PANEL + f * width + at,
+                  swiglu(load(own + at), load(own + BAND * PANEL + at)));
+          else
+            store(inner + p * F_ * PANEL + f * width + at, activate<ACTIVATION>(load(own + at)));
+        for (int half = 0; half < HALVES; half++)
+          unpack_transposed(own + half * BAND * PANEL, width, panels[p].lanes, band,
+                            hidden_band(block, f, half) + panels[p].row * band, band);
       }
     }
     float* y_panels = x_panels;
-    for (int64_t d = 0; d < D_; d += STRIP) {
-      const int rows = int(std::min<int64_t>(STRIP, D_ - d));
-      Rows a = weight_rows(w_out + d * F_, F_, rows, strip);
-      for (int64_t p = group.first; p < group.last; p++)
-        multiply_strip(panels_[p].vectors, rows, F_, a, inner + (p - group.first) * PANEL * F_,
-                       PANEL, y_panels + ((p - group.first) * D_ + d) * PANEL, false);
-    }
-    for (int64_t p = group.first; p < group.last; p++)
-      unpack_transposed(y_panels + (p - group.first) * PANEL * D_, PANEL, panels_[p].lanes, D_,
-                        static_cast<T*>(call_.y) + panels_[p].row * D_, D_);
+    weight_times_panels(w_out, D_, F_, inner, panels, count, strip, y_panels, D_);
+    for (int p = 0; p < count; p++)
+      unpack_transposed(y_panels + p * PANEL * D_, panels[p].vectors * LANES, panels[p].lanes, D_,
+                        static_cast<T*>(call_.y) + (block.row + panels[p].row) * D_, D_);
   }
 
-  // Save the first product and write the activations.
-  void activate_strip(const Panel& panel, int64_t f, int rows, const float* gate, const float* up,
-                      float* inner) const {
-    const int64_t lanes = panel.vectors * LANES;
-    T* hidden = static_cast<T*>(call_.hidden) + panel.offset * G_ + f * lanes;
-    for (int i = 0; i < rows; i++)
-      for (int64_t l = 0; l < lanes; l += LANES) {
-        vec x = load(gate + i * PANEL + l);
-        store(hidden + i * lanes + l, x);
-        if constexpr (GATED) {
-          vec u = load(up + i * PANEL + l);
-          store(hidden + (F_ + i) * lanes + l, u);
-          store(inner + i * PANEL + l, swiglu(x, u));
-        } else {
-          store(inner + i * PANEL + l, activate<ACTIVATION>(x));
-        }
+  // c[panel][row of the weight][lane]; room for `stride` rows per panel.
+  void weight_times_panels(const T* weight, int64_t rows, int64_t depth, const float* b,
+                           const Panel* panels, int count, float* strip, float* c,
+                           int64_t stride) const {
+    for (int64_t i = 0; i < rows; i += STRIP) {
+      const int64_t some = std::min<int64_t>(STRIP, rows - i);
+      const Rows a = as_rows(weight + i * depth, depth, some, depth, strip);
+      for (int p = 0; p < count; p++) {
+        // The first panel fetches the next strip, half of it in each of two blocks of rows.
+        const int64_t bytes = STRIP / 2 * int64_t(sizeof(T));
+        const Fetch next{{weight + (i + STRIP) * depth, 2 * bytes, bytes * depth, p == 0 ? 2 : 0},
+                         {}};
+        const int64_t width = panels[p].vectors * LANES;
+        multiply_rows(panels[p].vectors, some, depth, a, b + p * depth * PANEL, next,
+                      c + p * stride * PANEL + i * width, width, Store::overwrite);
       }
+    }
   }
 
-  void backward(Group group) const {
-    const int64_t depth = std::max(D_, DEPTH);
-    float* dy_panels = scratch(GROUP_PANELS * PANEL * (2 * D_ + DEPTH) + BAND * depth +
-                               (STRIP + BAND) * PANEL);
-    float* dx_panels = dy_panels + GROUP_PANELS * PANEL * D_;
-    float* dhidden_panels = dx_panels + GROUP_PANELS * PANEL * D_;
-    float* band = dhidden_panels + GROUP_PANELS * PANEL * DEPTH;
-    float* dinner = band + BAND * depth;
-    float* inner = dinner + STRIP * PANEL;
-    const int64_t expert = panels_[group.first].expert;
-    const T* w_in = static_cast<const T*>(call_.w_in) + expert * G_ * D_;
-    const T* w_out = static_cast<const T*>(call_.w_out) + expert * D_ * F_;
+  void backward(const Block& block) const {
+    const int64_t stride = (D_ + LANES - 1) / LANES * LANES + LANES;  // no power of two
+    float* dy_buffer = scratch(BLOCK * (D_ + stride + 3 * BAND) + BAND * (D_ + 2 * BAND));
+    float* dx = dy_buffer + BLOCK * D_;
+    float* dinner = dx + BLOCK * stride;
+    float* dhidden = dinner + BLOCK * BAND;
+    float* band_out = dhidden + BLOCK * 2 * BAND;
+    float* band_in = band_out + BAND * D_;
+    const T* w_in = static_cast<const T*>(call_.w_in) + block.expert * G_ * D_;
+    const T* w_out = static_cast<const T*>(call_.w_out) + block.expert * D_ * F_;
+    const Rows dy = as_rows(static_cast<const T*>(call_.dy) + block.row * D_, D_, block.rows, D_,
+                            dy_buffer);
 
-    for (int64_t p = group.first; p < group.last; p++)
-      pack_transposed(static_cast<const T*>(call_.dy) + panels_[p].row * D_, D_, panels_[p].lanes,
-                      D_, dy_panels + (p - group.first) * PANEL * D_, PANEL);
     for (int64_t f = 0; f < F_; f += BAND) {
-      const int width = int(std::min<int64_t>(BAND, F_ - f));
-      pack_strips(w_out + f, F_, width, D_, band);
-      for (int64_t p = group.first; p < group.last; p++) {
-        const Panel& panel = panels_[p];
-        for (int i = 0; i < width; i += STRIP) {
-          const int rows = std::min(STRIP, width - i);
-          multiply_strip(panel.vectors, rows, D_, Packed{band + i * D_},
-                         dy_panels + (p - group.first) * PANEL * D_, PANEL, dinner, false);
-          activate_backward_strip(panel, f + i, rows, dinner, inner + i * PANEL);
-        }
-        unpack_transposed(inner, PANEL, panel.lanes, width,
-                          static_cast<T*>(call_.inner) + panel.row * F_ + f, F_);
+      const int64_t band = std::min(BAND, F_ - f);
+      // While the columns of the second weight are multiplied, fetch the up rows of the first;
+      // the gate rows and the next columns are fetched while the rows of the first are.
+      Fetch next;
+      if (call_.dx) next.first = lines(w_in + ((HALVES - 1) * F_ + f) * D_, band * D_, D_ / 2);
+      for (int64_t at = 0; at < band; at += PANEL) {
+        const int width = int(std::min<int64_t>(PANEL, band - at));
+        pack_columns(w_out + f + at, F_, width, D_, band_out);
+        multiply_rows((width + LANES - 1) / LANES, block.rows, D_, dy, band_out, next, dinner + at,
+                      BAND, Store::overwrite);
+        next = Fetch{};
       }
+      for (int64_t i = 0; i < block.rows; i++) {
+        float* packed = dhidden + i * HALVES * band;
+        if (streams_)
+          activate_backward_row<true>(block, i, f, band, dinner + i * BAND, packed);
+        else
+          activate_backward_row<false>(block, i, f, band, dinner + i * BAND, packed);
+      }
+      if (call_.dx)
+        add_rows_gradient(block.rows, dhidden, w_in + f * D_, band, band_in, dx, stride,
+                          f + BAND < F_ ? w_out + f + BAND : nullptr, f > 0);
     }
+    if (streams_) fence();
     if (!call_.dx) return;
-    for (int64_t g = 0; g < G_; g += DEPTH) {
-      const int64_t part = std::min(DEPTH, G_ - g);
-      const float* b[GROUP_PANELS];
-      for (int64_t p = group.first; p < group.last; p++) {
-        const int64_t lanes = panels_[p].vectors * LANES;
-        b[p - group.first] = as_floats(
-            static_cast<const T*>(call_.dhidden) + panels_[p].offset * G_ + g * lanes, part * lanes,
-            dhidden_panels + (p - group.first) * PANEL * DEPTH);
-      }
-      for (int64_t d = 0; d < D_; d += BAND) {
-        const int width = int(std::min<int64_t>(BAND, D_ - d));
-        pack_strips(w_in + g * D_ + d, D_, width, part, band);
-        for (int i = 0; i < width; i += STRIP)
-          for (int64_t p = group.first; p < group.last; p++)
-            multiply_strip(panels_[p].vectors, std::min(STRIP, width - i), part,
-                           Packed{band + i * part}, b[p - group.first], panels_[p].vectors * LANES,
-                           dx_panels + ((p - group.first) * D_ + d + i) * PANEL, g > 0);
-      }
-    }
-    for (int64_t p = group.first; p < group.last; p++)
-      unpack_transposed(dx_panels + (p - group.first) * PANEL * D_, PANEL, panels_[p].lanes, D_,
-                        static_cast<T*>(call_.dx) + panels_[p].row * D_, D_);
+    T* to = static_cast<T*>(call_.dx) + block.row * D_;
+    for (int64_t i = 0; i < block.rows; i++) copy_row(dx + i * stride, D_, to + i * D_);
   }
 
-  // Recompute the activations, and write the gradient of the first product.
-  void activate_backward_strip(const Panel& panel, int64_t f, int rows, const float* dinner,
-                               float* inner) const {
-    const int64_t lanes = panel.vectors * LANES;
-    const T* hidden = static_cast<const T*>(call_.hidden) + panel.offset * G_ + f * lanes;
-    T* dhidden = static_cast<T*>(call_.dhidden) + panel.offset * G_ + f * lanes;
-    for (int i = 0; i < rows; i++)
-      for (int64_t l = 0; l < lanes; l += LANES) {
-        vec d = load(dinner + i * PANEL + l);
-        vec dx, a;
-        if constexpr (GATED) {
-          vec dup;
-          a = swiglu_backward(d, load(hidden + i * lanes + l), load(hidden + (F_ + i) * lanes + l),
-                              &dx, &dup);
-          store(dhidden + (F_ + i) * lanes + l, dup);
-        } else {
-          a = activate_backward<ACTIVATION>(d, load(hidden + i * lanes + l), &dx);
+  // A stretch of `count` numbers, fetched `slots` lines per block of rows.
+  static Stretch lines(const T* data, int64_t count, int64_t slots) {
+    const int64_t total = count * int64_t(sizeof(T)) / LINE;
+    return {data, LINE, LINE * slots, (total + slots - 1) / std::max<int64_t>(slots, 1)};
+  }
+
+  // dx (+)= the gradient of one band of the first product times the band's rows of the weight.
+  void add_rows_gradient(int64_t rows, const float* dhidden, const T* w_in, int64_t band,
+                         float* band_in, float* dx, int64_t stride, const T* fetch,
+                         bool accumulate) const {
+    const int64_t depth = HALVES * band;
+    for (int64_t d = 0, part = 0; d < D_; d += PANEL, part++) {
+      const int width = int(std::min<int64_t>(PANEL, D_ - d));
+      const int64_t wide = (width + LANES - 1) / LANES * LANES;
+      for (int half = 0; half < HALVES; half++)
+        pack_columns(w_in + half * F_ * D_ + d, D_, width, band, band_in + half * band * wide);
+      Fetch next;
+      if (fetch) {
+        const int64_t slots = depth / 2;  // per block of rows
+        const int64_t parts = (D_ + PANEL - 1) / PANEL;
+        if (part * slots < D_)
+          next.first = {fetch + part * slots * F_, F_ * int64_t(sizeof(T)), LINE,
+                        BAND * int64_t(sizeof(T)) / LINE};
+        if (GATED) {
+          const int64_t count = BAND * D_ / parts;  // this part's share of the next gate rows
+          next.second = lines(w_in + BAND * D_ + part * count, count, slots);
         }
-        store(dhidden + i * lanes + l, dx);
-        store(inner + i * PANEL + l, a);
       }
+      multiply_rows(int(wide / LANES), rows, depth, Rows{dhidden, depth}, band_in, next, dx + d,
+                    stride, accumulate ? Store::accumulate : Store::overwrite);
+    }
+  }
+
+  // Recompute the activations of one row of a band, and write the gradient of the first product:
+  // to memory, and as floats to `packed`.
+  template <bool STREAM>
+  void activate_backward_row(const Block& block, int64_t i, int64_t f, int64_t band,
+                             const float* dinner, float* packed) const {
+    const T* hidden = hidden_band(block, f, 0) + i * band;
+    const T* hidden_up = hidden_band(block, f, HALVES - 1) + i * band;
+    T* dhidden = static_cast<T*>(call_.dhidden) + (block.row + i) * G_ + f;
+    T* inner = static_cast<T*>(call_.inner) + (block.row + i) * F_ + f;
+    auto one = [](vec d, vec x, vec up, vec* dx, vec* dup) {
+      if constexpr (GATED)
+        return swiglu_backward(d, x, up, dx, dup);
+      else
+        return activate_backward<ACTIVATION>(d, x, dx);
+    };
+    auto put = [](T* p, vec v) { STREAM ? stream(p, v) : store(p, v); };
+    int64_t j = 0;
+    vec dx, dup;
+    for (; j + LANES <= band; j += LANES) {
+      put(inner + j, one(load(dinner + j), load(hidden + j), load(hidden_up + j), &dx, &dup));
+      put(dhidden + j, dx);
+      store(packed + j, dx);
+      if (GATED) put(dhidden + F_ + j, dup), store(packed + band + j, dup);
+    }
+    for (; j < band; j++) {
+      vec a = one(broadcast(dinner[j]), broadcast(widen(hidden[j])),
+                  broadcast(widen(hidden_up[j])), &dx, &dup);
+      narrow(a[0], inner + j);
+      narrow(dx[0], dhidden + j);
+      packed[j] = dx[0];
+      if (GATED) narrow(dup[0], dhidden + F_ + j), packed[band + j] = dup[0];
+    }
+  }
+
+  static void copy_row(const float* x, int64_t width, T* out) {
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) store(out + i, load(x + i));
+    for (; i < width; i++) narrow(x[i], out + i);
   }
 
   const FfnCall& call_;
   const int64_t D_, F_, G_;
-  const std::vector<Panel> panels_;
+  const bool streams_;  // large results go past the caches
 };
 
 }  // namespace gatewise

@@ -1,93 +1,163 @@
 // The inner product kernel and the packing around it.
 //
-// c[i][lane] (+)= sum over k of a(i, k) * b[k][lane]: `a` is broadcast one number at a time, `b` is
-// a panel of 1 to MAX_VECTORS vectors per k. STRIP rows of c are made at a time. Whichever operand
-// is a weight is the `a` side wherever it is contiguous in k, so that it is read where it lies,
-// once per block of rows, and never repacked: with few rows per expert that is what costs.
+// c[i][lane] = sum over k of a(i, k) * b[k][lane]: `a` is broadcast one number at a time, `b` is a
+// panel of 1 to MAX_VECTORS vectors per k, packed without gaps. While it computes, it fetches memory that the caller
+// will need next into the cache (`Ahead`), because with few rows per expert a network is limited
+// by the speed at which its weights arrive.
 #pragma once
 
 #include "simd.h"
 
 namespace gatewise {
 
-constexpr int STRIP = 12;
+constexpr int STRIP = 12;  // rows of `a` that are packed together
 
 // Where a(i, k) lies. Rows: data[i * stride + k]. Packed: data[k * STRIP + i].
 struct Rows {
   const float* data;
   int64_t stride;
-  const float* at(int i, int64_t k) const { return data + i * stride + k; }
-  Rows from(int i) const { return {data + i * stride, stride}; }
+  const float* at(int i) const { return data + i * stride; }
+  void next() { data++; }
+  Rows from(int64_t i) const { return {data + i * stride, stride}; }
 };
 struct Packed {
   const float* data;
-  const float* at(int i, int64_t k) const { return data + k * STRIP + i; }
-  Packed from(int i) const { return {data + i}; }
+  const float* at(int i) const { return data + i; }
+  void next() { data += STRIP; }
+  Packed from(int64_t i) const { return {data + i}; }
 };
 
-template <int M, int V, class A>
-void multiply(int64_t depth, A a, const float* b, int64_t stride_b, float* c, bool accumulate) {
-  vec total[M][V];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++)
-      total[i][j] = accumulate ? load(c + i * PANEL + j * LANES) : vec{};
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; k++) {
-    vec panel[V];
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++) panel[j] = load(b + k * stride_b + j * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; i++) {
-      vec x = broadcast(*a.at(i, k));
-#pragma GCC unroll 16
-      for (int j = 0; j < V; j++) total[i][j] += x * panel[j];
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++) store(c + i * PANEL + j * LANES, total[i][j]);
+// Memory to fetch: one cache line at data + k / 2 * stride for each second k. More at a time would
+// keep the loads of the product itself waiting.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t stride = 0;
+};
+
+enum class Store { overwrite, accumulate, stream };  // stream: past the cache, c is aligned
+
+// Make the compiler forget what it knows of `x`, so that it computes addresses where they are used
+// instead of keeping them in registers through the inner loop.
+template <class X>
+inline void forget(X& x) {
+  asm volatile("" : "+r"(x));
 }
 
-// Multiply `rows` (at most STRIP) rows; c has PANEL numbers per row.
+template <int M, int V, class A>
+void multiply(int64_t depth, A a, const float* b, Ahead ahead, float* c, int64_t stride_c,
+              Store mode) {
+  vec total[M][V];
+  if (mode == Store::accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+      for (int j = 0; j < V; j++) total[i][j] = load(c + i * stride_c + j * LANES);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+      for (int j = 0; j < V; j++) total[i][j] = vec{};
+  }
+  forget(c);
+  forget(stride_c);
+  const char* fetch = ahead.data ? ahead.data : reinterpret_cast<const char*>(b);
+  while (depth > 0) {
+    __builtin_prefetch(fetch, 0, 2);
+    fetch += ahead.stride;
+    const int pair = depth < 2 ? 1 : 2;
+    depth -= 2;
+#pragma GCC unroll 1
+    for (int k = 0; k < pair; k++) {
+      vec panel[V];
+#pragma GCC unroll 16
+      for (int j = 0; j < V; j++) panel[j] = load(b + j * LANES);
+      b += V * LANES;
+#pragma GCC unroll 16
+      for (int i = 0; i < M; i++) {
+        vec x = broadcast(*a.at(i));
+#pragma GCC unroll 16
+        for (int j = 0; j < V; j++) total[i][j] += x * panel[j];
+      }
+      a.next();
+    }
+  }
+  forget(c);
+  forget(stride_c);
+  if (mode == Store::stream) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+      for (int j = 0; j < V; j++) stream(c + i * stride_c + j * LANES, total[i][j]);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+      for (int j = 0; j < V; j++) store(c + i * stride_c + j * LANES, total[i][j]);
+  }
+}
+
+// What a product over many rows fetches: the first `count` blocks of rows from data + n * step, the
+// next blocks the same of another stretch.
+struct Stretch {
+  const void* data = nullptr;
+  int64_t stride = 0, step = 0, count = 0;
+};
+struct Fetch {
+  Stretch first, second;
+  Ahead at(int64_t n) const {
+    const Stretch& from = n < first.count ? first : second;
+    if (n >= first.count) n -= first.count;
+    if (n >= from.count || !from.data) return {};
+    return {static_cast<const char*>(from.data) + n * from.step, from.stride};
+  }
+};
+
+// Multiply any number of rows, at most STRIP of Packed ones.
 template <int V, class A>
-void multiply_strip(int rows, int64_t depth, A a, const float* b, int64_t stride_b, float* c,
-                    bool accumulate) {
-  constexpr int M = V <= 2 && MAX_VECTORS > 2 ? STRIP : V == 1 ? STRIP : STRIP / 2;
-  int i = 0;
+void multiply_rows(int64_t rows, int64_t depth, A a, const float* b, Fetch fetch, float* c,
+                   int64_t stride_c, Store mode) {
+  constexpr int M = V <= MAX_VECTORS / 2 ? STRIP : STRIP / 2;
+  int64_t i = 0, n = 0;
   for (; i + M <= rows; i += M)
-    multiply<M, V>(depth, a.from(i), b, stride_b, c + i * PANEL, accumulate);
+    multiply<M, V>(depth, a.from(i), b, fetch.at(n++), c + i * stride_c, stride_c, mode);
   for (; i + 3 <= rows; i += 3)
-    multiply<3, V>(depth, a.from(i), b, stride_b, c + i * PANEL, accumulate);
+    multiply<3, V>(depth, a.from(i), b, fetch.at(n++), c + i * stride_c, stride_c, mode);
   for (; i < rows; i++)
-    multiply<1, V>(depth, a.from(i), b, stride_b, c + i * PANEL, accumulate);
+    multiply<1, V>(depth, a.from(i), b, fetch.at(n++), c + i * stride_c, stride_c, mode);
 }
 
 template <class A>
-void multiply_strip(int vectors, int rows, int64_t depth, A a, const float* b, int64_t stride_b,
-                    float* c, bool accumulate) {
-  switch (vectors) {
-    case 1: return multiply_strip<1>(rows, depth, a, b, stride_b, c, accumulate);
-    case 2: return multiply_strip<2>(rows, depth, a, b, stride_b, c, accumulate);
-#if !defined(__AVX__) || defined(__AVX512F__)
-    case 3:
-      if constexpr (MAX_VECTORS > 2)
-        return multiply_strip<3>(rows, depth, a, b, stride_b, c, accumulate);
-      break;
-    case 4:
-      if constexpr (MAX_VECTORS > 2)
-        return multiply_strip<4>(rows, depth, a, b, stride_b, c, accumulate);
-      break;
-#endif
-  }
+void multiply_rows(int vectors, int64_t rows, int64_t depth, A a, const float* b, Fetch fetch,
+                   float* c, int64_t stride_c, Store mode) {
+#define GATEWISE_CASE(V)          \
+  if constexpr (V <= MAX_VECTORS) \
+    if (vectors == V) return multiply_rows<V>(rows, depth, a, b, fetch, c, stride_c, mode);
+  GATEWISE_CASE(1)
+  GATEWISE_CASE(2)
+  GATEWISE_CASE(3)
+  GATEWISE_CASE(4)
+#undef GATEWISE_CASE
+}
+
+// Convert `width` numbers.
+template <class T>
+void convert(const T* x, int64_t width, float* out) {
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) store(out + i, load(x + i));
+  for (; i < width; i++) out[i] = widen(x[i]);
+}
+
+// A block of rows as floats: where it lies, or converted into `buffer`.
+inline Rows as_rows(const float* x, int64_t stride, int64_t, int64_t, float*) { return {x, stride}; }
+inline Rows as_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, float* buffer) {
+  for (int64_t i = 0; i < rows; i++) convert(x + i * stride, width, buffer + i * width);
+  return {buffer, width};
 }
 
 // out[k][lane] = x[lane][k], `lanes` of them real, zeros up to the next multiple of LANES.
 template <class T>
-void pack_transposed(const T* x, int64_t stride, int lanes, int64_t depth, float* out,
-                     int64_t stride_out) {
+void pack_transposed(const T* x, int64_t stride, int lanes, int64_t depth, float* out) {
+  const int64_t stride_out = (lanes + LANES - 1) / LANES * LANES;
   for (int l0 = 0; l0 < lanes; l0 += LANES) {
     int64_t k0 = 0;
     for (; k0 + LANES <= depth; k0 += LANES) {
@@ -122,18 +192,10 @@ void unpack_transposed(const float* x, int64_t stride, int lanes, int64_t depth,
   }
 }
 
-// Convert `width` numbers.
+// out[k][i] = x[k][i] for i < width, zeros up to the next multiple of LANES, for `depth` rows.
 template <class T>
-void convert(const T* x, int64_t width, float* out) {
-  int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) store(out + i, load(x + i));
-  for (; i < width; i++) out[i] = widen(x[i]);
-}
-
-// out[k][i] = x[k][i] for i < width, zeros up to `padded`, for `depth` rows.
-template <class T>
-void pack_columns(const T* x, int64_t stride, int64_t width, int64_t padded, int64_t depth,
-                  float* out) {
+void pack_columns(const T* x, int64_t stride, int64_t width, int64_t depth, float* out) {
+  const int64_t padded = (width + LANES - 1) / LANES * LANES;
   for (int64_t k = 0; k < depth; k++) {
     convert(x + k * stride, width, out + k * padded);
     for (int64_t i = width; i < padded; i++) out[k * padded + i] = 0.0f;
@@ -155,14 +217,14 @@ inline void copy_strip(const bf16* x, float* out) {
 
 // Split `width` columns into strips: out[strip][k][STRIP], the last one padded with zeros.
 template <class T>
-void pack_strips(const T* x, int64_t stride, int width, int64_t depth, float* out) {
-  const int whole = width / STRIP;
+void pack_strips(const T* x, int64_t stride, int64_t width, int64_t depth, float* out) {
+  const int64_t whole = width / STRIP;
   for (int64_t k = 0; k < depth; k++)
-    for (int s = 0; s < whole; s++)
+    for (int64_t s = 0; s < whole; s++)
       copy_strip(x + k * stride + s * STRIP, out + (s * depth + k) * STRIP);
   if (whole * STRIP == width) return;
   for (int64_t k = 0; k < depth; k++)
-    for (int i = 0; i < STRIP; i++)
+    for (int64_t i = 0; i < STRIP; i++)
       out[(whole * depth + k) * STRIP + i] =
           whole * STRIP + i < width ? widen(x[k * stride + whole * STRIP + i]) : 0.0f;
 }

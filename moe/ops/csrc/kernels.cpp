@@ -49,8 +49,6 @@ void activate_backward_any(int64_t activation, const void* dinner, const void* h
 
 extern "C" {
 
-int64_t gatewise_lanes() { return LANES; }
-
 void gatewise_use_threads(ParallelRegion region) { parallel_region = region; }
 
 void gatewise_ffn_forward(const FfnCall* call) {
@@ -62,12 +60,13 @@ void gatewise_ffn_backward_data(const FfnCall* call) {
 }
 
 void gatewise_ffn_backward_weights(const FfnCall* call) {
-  with_ffn(*call, [&](const auto& ffn) {
-    if (call->dw_is_bf16)
-      ffn.template backward_weights<bf16>();
-    else
-      ffn.template backward_weights<float>();
-  });
+  const bool gated = call->activation == SWIGLU;
+  if (!call->is_bf16)
+    weight_gradients<float, float>(*call, gated);
+  else if (call->dw_is_bf16)
+    weight_gradients<bf16, bf16>(*call, gated);
+  else
+    weight_gradients<bf16, float>(*call, gated);
 }
 
 void gatewise_activate(int64_t is_bf16, int64_t activation, const void* hidden, int64_t rows,

@@ -8,6 +8,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace gatewise {
 
 #if defined(__AVX512F__)
@@ -58,6 +62,31 @@ inline hvec to_bf16(vec v) {
 inline void store(bf16* p, vec v) {
   hvec half = to_bf16(v);
   memcpy(p, &half, sizeof half);
+}
+
+// Store past the caches, to an address aligned to the vector; fence() makes it visible.
+inline void stream(float* p, vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+
+inline void stream(bf16* p, vec v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)to_bf16(v));
+#else
+  store(p, v);
+#endif
+}
+
+inline void fence() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
 }
 
 inline float widen(float x) { return x; }
@@ -132,6 +161,16 @@ inline vec exponential(vec x) {
   return p * (vec)power;
 }
 
-inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+// 1 / x for x >= 1, to about one unit in the last place.
+inline vec reciprocal(vec x) {
+#if defined(__AVX512F__)
+  vec r = (vec)_mm512_rcp14_ps((__m512)x);  // a division takes as long as all the rest
+  return r * (2.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+
+inline vec sigmoid(vec x) { return reciprocal(1.0f + exponential(-x)); }
 
 }  // namespace gatewise
