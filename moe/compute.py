@@ -116,6 +116,8 @@ def moe_compute(
 ) -> Tensor:
     """Send tokens to their experts, apply these, and sum what comes back with the weights.
 
+    Under autocast the tokens and the experts' weights are cast as those of `nn.Linear` are.
+
     Args:
         x_TD: tokens, in the experts' dtype.
         weight_TK: combine weights, fp32 (fp64 for fp64 tokens).
@@ -124,8 +126,23 @@ def moe_compute(
         job: routing, dispatcher and plans.
 
     Returns:
-        (T, D) of the dtype of `x_TD`.
+        (T, D) of the dtype of `x_TD`; under autocast of autocast's.
+
+    Raises:
+        ValueError: if tokens and weights are of different dtypes.
     """
+    kind = x_TD.device.type
+    if torch.is_autocast_enabled(kind):
+        small = torch.get_autocast_dtype(kind)
+        x_TD, w_in_eGD, w_out_eDF = (
+            tensor if tensor.dtype == torch.float64 else tensor.to(small)
+            for tensor in (x_TD, w_in_eGD, w_out_eDF)
+        )
+    if not x_TD.dtype == w_in_eGD.dtype == w_out_eDF.dtype:
+        raise ValueError(
+            f"the tokens are {x_TD.dtype} and the experts' weights {w_in_eGD.dtype} and "
+            f"{w_out_eDF.dtype}; cast one of them, or use torch.autocast"
+        )
     result: Tensor = _MoECompute.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
         x_TD, weight_TK, w_in_eGD, w_out_eDF, job
     )

@@ -38,7 +38,7 @@ def _main(
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=120),  # a busy machine is slow, not stuck
     )
     try:
         body(rank, world, *args)

@@ -88,7 +88,7 @@ def tiny(
             ),
             "router": router or RouterConfig(),
             "parallel": ParallelConfig(
-                ranks=ranks, expert=expert, shard=shard, threads=1, timeout=90
+                ranks=ranks, expert=expert, shard=shard, threads=1, timeout=120
             ),
             "batch": BatchConfig(sequences=8, micro=micro),
             "optim": OptimConfig(warmup=2),
