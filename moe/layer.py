@@ -22,7 +22,7 @@ from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.parallel.collectives import Group
 from gatewise.routers.api import Router, Routing, RoutingContext
-from gatewise.routers.balance import global_balance_loss
+from gatewise.routers.balance import global_balance_loss, update_bias_
 from gatewise.routers.config import BalanceScope, RouterConfig, preset
 from gatewise.routers.topk import TopKRouter
 
@@ -105,7 +105,9 @@ class MoELayer(nn.Module):
 class MoE(nn.Module):
     """The layer alone, an ordinary module for anyone's model.
 
-    After a call `losses` holds the weighted router losses of that call: add them to yours.
+    After a call `losses` holds the weighted router losses of that call: add them to yours. With a
+    router whose bias balances (`bias_rate`, as in "deepseek_v3"), call `update_bias` after each
+    optimizer step.
 
     With a process group of P ranks each rank holds E / P experts and brings its own tokens. Average
     the gradients of all other parameters over the ranks, as DistributedDataParallel does; those of
@@ -173,6 +175,7 @@ class MoE(nn.Module):
         )
         self.layer.expert_gradient_scale = 1 / self._group.size
         self.losses = {}
+        self._demand_E: Tensor | None = None  # since the last update of the bias
 
     def __getstate__(self) -> dict[str, Any]:  # Any: whatever a module's attributes are
         """Leave the last call's losses out of copies: they belong to that call's graph."""
@@ -207,10 +210,29 @@ class MoE(nn.Module):
         y_TD, routing, _ = self.layer(x_TD, context, 0)
         self.losses = dict(routing.losses)
         config = self._config
+        if config and config.bias_rate and self.training and routing.load is not None:
+            demand_E = routing.load.count_E
+            self._demand_E = demand_E if self._demand_E is None else self._demand_E + demand_E
         if config and config.balance_loss and config.balance_scope is BalanceScope.global_batch:
             self.losses["balance"] = config.balance_loss * self._global_balance(routing)
         y: Tensor = y_TD.view_as(x)
         return y
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Move the balancing bias by the demand of all training calls since the last update.
+
+        Over a group all ranks must call it. Without a `bias_rate` it does nothing.
+        """
+        config, router = self._config, self.layer.router
+        if not config or not config.bias_rate or not isinstance(router, TopKRouter):
+            return
+        demand_E, self._demand_E = self._demand_E, None
+        if demand_E is None:
+            demand_E = torch.zeros_like(router.bias_E)
+        if self._group.handle is not None:
+            dist.all_reduce(demand_E, group=self._group.handle)
+        update_bias_(router.bias_E, demand_E, rate=config.bias_rate)
 
     def _global_balance(self, routing: Routing) -> Tensor:
         load = routing.load

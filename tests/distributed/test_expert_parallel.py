@@ -188,6 +188,24 @@ def test_the_public_layer_over_a_group_gives_averaged_expert_gradients(world: in
     run_ranks(_public_layer_is_the_one_rank_layer, world)
 
 
+def _bias_follows_all_ranks(rank: int, world: int) -> None:
+    layer = MoE(HIDDEN, WIDTH, EXPERTS, TOP_K, router="deepseek_v3", group=dist.group.WORLD)
+    whole = MoE(HIDDEN, WIDTH, EXPERTS, TOP_K, router="deepseek_v3")
+    whole.router.load_state_dict(layer.router.state_dict())  # type: ignore[attr-defined]
+    x = torch.randn(20, HIDDEN)
+    whole(x)
+    layer(x[:0] if rank == 0 else x)  # one rank has no token
+    for each in (layer, whole):
+        each.update_bias()
+    assert whole.router.bias_E.any()  # type: ignore[attr-defined]
+    assert torch.equal(layer.router.bias_E, whole.router.bias_E)  # type: ignore[attr-defined]
+
+
+@pytest.mark.dist
+def test_the_bias_of_the_public_layer_follows_the_demand_of_all_ranks() -> None:
+    run_ranks(_bias_follows_all_ranks, 2)
+
+
 def _some_ranks_freeze(rank: int, world: int) -> None:
     """Ranks agree on the collectives whatever each of them wants gradients of."""
     group = dist.group.WORLD

@@ -20,7 +20,8 @@ from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.layer import MoELayer
 from gatewise.parallel.schedule.plan import staged_plan
 from gatewise.routers.api import RoutingContext
-from gatewise.routers.config import BalanceScope, RouterConfig
+from gatewise.routers.balance import max_violation
+from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction
 from gatewise.routers.topk import TopKRouter
 
 HIDDEN, WIDTH = 12, 8
@@ -330,6 +331,37 @@ def test_a_copy_and_a_saved_state_compute_the_same_also_after_a_call() -> None:
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(x), y)
     assert set(layer.losses) == {"balance", "z"}  # the copy did not take them away
+
+
+def test_the_public_layers_bias_balances_when_it_is_updated() -> None:
+    torch.manual_seed(0)
+    router = RouterConfig(score=ScoreFunction.sigmoid, bias_rate=0.02, balance_loss=0, z_loss=0)
+    layer = MoE(HIDDEN, WIDTH, 8, 2, router=router)
+    layer.router.weight.data.normal_()  # type: ignore[attr-defined]
+    x = torch.randn(500, HIDDEN) + 0.5
+    bias_E = layer.router.bias_E  # type: ignore[attr-defined]
+
+    def violation() -> float:
+        _, routing, _ = layer.layer(x, RoutingContext(), 0)
+        assert routing.load is not None
+        return float(max_violation(routing.load.count_E))
+
+    before = violation()
+    for _ in range(40):
+        for part in x.split(250):
+            layer(part)
+        layer.update_bias()
+    assert before > 0.5
+    assert violation() < 0.5 * before
+    trained_E = bias_E.clone()
+    layer.eval()
+    layer(x)
+    layer.update_bias()  # calls in evaluation do not count
+    assert torch.equal(bias_E, trained_E)
+    plain = MoE(HIDDEN, WIDTH, 4)
+    plain(x)
+    plain.update_bias()
+    assert not plain.router.bias_E.any()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
