@@ -128,9 +128,10 @@ class Run:
         return [record[name] for record in self.records if name in record]
 
     def training(self) -> list[dict[str, Any]]:
-        """Return the training records without what depends on time."""
+        """Return the training records without what depends on the machine."""
+        machine = {"train/tokens_per_second", "train/memory_mb"}
         return [
-            {name: value for name, value in record.items() if "per_second" not in name}
+            {name: value for name, value in record.items() if name not in machine}
             for record in self.records
             if "train/loss" in record
         ]

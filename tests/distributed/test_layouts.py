@@ -11,7 +11,7 @@ from gatewise.moe.model import parameter_specs
 from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.dims import make_groups
 from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction
-from gatewise.training.config import EvaluationConfig, Precision, TrainConfig
+from gatewise.training.config import EvaluationConfig, OptimConfig, Precision, TrainConfig
 from gatewise.training.data import PreparedData, open_prepared
 from gatewise.training.step import LABELS, train_step
 from ranks import run_ranks
@@ -123,6 +123,19 @@ def test_bf16_agrees_within_its_rounding(data: PreparedData, tmp_path: Path) -> 
     # the loss itself is summed in fp32: near that of an fp32 run from the same start
     exact = run(tiny(1), data, tmp_path / "runs" / "exact")
     assert losses(one)[0] == pytest.approx(losses(exact)[0], rel=2e-3)
+
+
+@pytest.mark.dist
+def test_deterministic_algorithms_run_and_clipping_can_be_off(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    runs = [tmp_path / "plain", tmp_path / "other"]
+    plain = run(tiny(3, ranks=2, expert=2), data, runs[0])
+    optim = OptimConfig(warmup=2, clip=0.0)
+    other = run(tiny(3, ranks=2, expert=2, deterministic=True, optim=optim), data, runs[1])
+    assert losses(other)[0] == losses(plain)[0]
+    assert other.column("train/grad_norm")[0] == plain.column("train/grad_norm")[0] > 1
+    assert losses(other) != losses(plain)  # 1.0 had been clipping
 
 
 # --- one step under the magnifying glass

@@ -10,6 +10,7 @@ import pytest
 import torch
 from training_runs import Run, losses, make_text, make_trainer, run, tiny
 
+from gatewise.moe.config import CapacityConfig, CapacityOrder
 from gatewise.parallel.errors import CheckpointError
 from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction
 from gatewise.training import trainer as trainer_module
@@ -91,8 +92,9 @@ def test_ranks_go_on_bit_for_bit_and_any_other_layout_within_rounding(
 def test_recomputation_and_evaluation_in_between_change_no_bit(
     data: PreparedData, tmp_path: Path
 ) -> None:
-    for ranks in (1, 2):
-        settings = {"router": NOISY, "ranks": ranks, "expert": ranks}
+    drops = {"capacity": CapacityConfig(factor=1.0, order=CapacityOrder.random)}
+    for ranks, router, model in ((1, RouterConfig(jitter=0.1), {}), (2, NOISY, drops)):
+        settings = {"router": router, "model": model, "ranks": ranks, "expert": ranks}
         plain = run(saving(4, every=None, **settings), data, tmp_path / f"plain {ranks}")
         often = EvaluationConfig(every=1, tokens=300, micro=2)
         other = run(
@@ -209,11 +211,18 @@ def _state(trainer: Trainer) -> list[torch.Tensor]:
     return [*moments, *values, *biases]
 
 
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(
-    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _ = make_trainer(tiny(9, router=NOISY), data, tmp_path)
-    _poison(monkeypatch, {2})
+    gradients = iter(range(10))
+    if fault == "loss":
+        _poison(monkeypatch, {2})
+    else:  # the loss is finite, one gradient is not
+        trainer.model.norm_final.gain.register_hook(
+            lambda gradient: gradient * (math.inf if next(gradients) == 2 else 1.0)
+        )
     results: list[StepResult] = []
     for step in range(4):
         before, updates = _state(trainer), trainer.optimizer.updates
@@ -224,6 +233,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(
     trainer.close()
     assert [float(result.skipped) for result in results] == [0, 0, 1, 0]
     assert torch.isfinite(results[3].loss)
+    assert torch.isfinite(results[2].loss) == (fault == "gradient")
     assert trainer.progress.sample == 32  # the data of the skipped step is not used again
 
 
