@@ -4,6 +4,7 @@ Shapes:  W windows of a pass   S positions
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,11 @@ from gatewise.training.data import PreparedData
 from gatewise.training.sequences import Windows, validation_windows
 from gatewise.training.step import language_loss
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "EvaluationStopped", "evaluate"]
+
+
+class EvaluationStopped(Exception):
+    """Some rank was asked to stop while the ranks evaluated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ def evaluate(
     sequence_length: int,
     control: Group,
     device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score every target of the validation split once.
 
@@ -77,6 +83,10 @@ def evaluate(
         sequence_length: inputs of a window.
         control: all ranks.
         device: of the model.
+        stop: asked between passes; where it is true on one rank, all stop.
+
+    Raises:
+        EvaluationStopped: on all ranks, if `stop` was true on one.
     """
     tokens = data.validation.tokens
     if config.tokens is not None:
@@ -88,6 +98,9 @@ def evaluate(
     model.eval()
     step = config.micro * control.size
     for first in range(0, len(windows), step):
+        if _asked_to_stop(stop, control, device):
+            model.train(was_training)
+            raise EvaluationStopped
         mine = range(first + control.rank, min(first + step, len(windows)), control.size)
         input_WS, target_WS = _read(tokens, windows, mine, config.micro)
         bytes_here = (
@@ -106,6 +119,15 @@ def evaluate(
     model.train(was_training)
     nats, count, text_bytes = sums.tolist()
     return Evaluation(nats, int(count), int(text_bytes))
+
+
+def _asked_to_stop(stop: Callable[[], bool], control: Group, device: torch.device) -> bool:
+    """Tell all ranks alike whether one of them was asked."""
+    if control.handle is None:
+        return stop()
+    asked = torch.tensor(float(stop()), device=device)
+    dist.all_reduce(asked, group=control.handle)
+    return bool(asked.item())  # the host waits, once a pass
 
 
 def _read(

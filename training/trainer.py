@@ -26,7 +26,7 @@ from gatewise.parallel.runtime import Runtime, memory_mb, multiplies_bf16
 from gatewise.routers.api import NoiseKey
 from gatewise.training.config import Precision, TrainConfig
 from gatewise.training.data import PreparedData
-from gatewise.training.evaluate import Evaluation, evaluate
+from gatewise.training.evaluate import Evaluation, EvaluationStopped, evaluate
 from gatewise.training.health import HealthMeter
 from gatewise.training.optim import ShardedAdamW, learning_rate
 from gatewise.training.resume import Progress, RunCheckpoints
@@ -160,17 +160,17 @@ class Trainer:
             if logged:
                 self._write(self._training_record(result, losses, window))
                 window, losses.mean = _Clock(), losses.mean.zero_()
-            if config.evaluation.every and step % config.evaluation.every == 0:
-                evaluation = self.evaluate()
-                self._write({"step": step, **evaluation.record()})
+            if config.evaluation.every and step % config.evaluation.every == 0 and not stopped:
+                evaluation = self._evaluate_unless_stopped()
+                stopped = evaluation is None
             due = config.checkpoint.every and step % config.checkpoint.every == 0
             if due or stopped or step == config.steps:
                 self.checkpoints.save(self.model, self.optimizer, self.progress)
         self.checkpoints.wait()
         step_evaluated = config.evaluation.every and self.progress.step % config.evaluation.every
         if not stopped and (evaluation is None or step_evaluated != 0):
-            evaluation = self.evaluate()
-            self._write({"step": self.progress.step, **evaluation.record()})
+            evaluation = self._evaluate_unless_stopped()
+            stopped = evaluation is None
         return self._results(result, evaluation, clock, stopped=stopped)
 
     def evaluate(self) -> Evaluation:
@@ -182,7 +182,17 @@ class Trainer:
             sequence_length=self.config.data.sequence_length,
             control=self.runtime.groups.control,
             device=self.runtime.device,
+            stop=lambda: self.stop_requested,
         )
+
+    def _evaluate_unless_stopped(self) -> Evaluation | None:
+        """Evaluate and write the record; return None where a rank was asked to stop."""
+        try:
+            evaluation = self.evaluate()
+        except EvaluationStopped:
+            return None
+        self._write({"step": self.progress.step, **evaluation.record()})
+        return evaluation
 
     def close(self) -> None:
         """Finish saves that are under way."""

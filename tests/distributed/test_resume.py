@@ -13,6 +13,7 @@ from training_runs import Run, losses, make_text, make_trainer, run, tiny
 from gatewise.moe.config import CapacityConfig, CapacityOrder
 from gatewise.parallel.errors import CheckpointError
 from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction
+from gatewise.training import evaluate as evaluate_module
 from gatewise.training import trainer as trainer_module
 from gatewise.training.checkpointer import find_latest
 from gatewise.training.config import CheckpointConfig, EvaluationConfig, TrainConfig
@@ -287,6 +288,45 @@ def test_all_ranks_skip_when_one_of_them_has_nan(data: PreparedData, tmp_path: P
 
 
 # --- signals
+
+
+def _stop_in_evaluation(rank: int) -> None:
+    """Send the last rank a signal in the first pass of its evaluation."""
+    names = evaluate_module.evaluate.__wrapped__.__globals__
+    real = names["language_loss"]
+
+    def loss(*arguments: object) -> torch.Tensor:
+        if rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        value: torch.Tensor = real(*arguments)
+        return value
+
+    names["language_loss"] = loss
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("every", [2, None])
+def test_a_signal_during_evaluation_is_not_left_waiting_for_its_end(
+    ranks: int,
+    every: int | None,
+    data: PreparedData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = evaluate_module.evaluate.__wrapped__.__globals__
+    monkeypatch.setitem(names, "language_loss", names["language_loss"])  # put back after
+    evaluation = EvaluationConfig(every=every, micro=1)
+    config = saving(4, every=None, ranks=ranks, evaluation=evaluation)
+    stopped = run(config, data, tmp_path, _stop_in_evaluation)
+    assert stopped.output["stopped"] is True
+    assert stopped.output["steps"] == (every or 4)
+    assert stopped.output["checkpoint"].endswith(f"step_{every or 4:08d}")
+    assert stopped.output["val_loss"] is None
+    monkeypatch.undo()
+    again = run(config, data, tmp_path)
+    assert again.output["stopped"] is False
+    assert again.output["val_loss"] > 0
 
 
 def _stop_after_two_steps(rank: int) -> None:
