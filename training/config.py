@@ -197,7 +197,7 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class WandbConfig:
-    """Weights & Biases; `mode=off` by default, because a laptop run should not need it."""
+    """Weights & Biases: used when its extra is installed, offline where there is no key."""
 
     mode: WandbMode = WandbMode.auto
     project: str = "gatewise"

@@ -9,7 +9,8 @@ Source: AdamW: arXiv:1711.05101; sharded state: ZeRO stage 1, arXiv:1910.02054;
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from gatewise.parallel.buckets import Bucket
 from gatewise.parallel.collectives import Group
 from gatewise.training.config import OptimConfig, Schedule
 
-__all__ = ["ShardedAdamW", "learning_rate"]
+__all__ = ["ShardedAdamW", "learning_rate", "load_apex_adam"]
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -50,9 +51,16 @@ class ShardedAdamW:
         buckets: master weights are the buckets' own values where these are fp32 and unsharded,
             else fp32 copies of this rank's slice.
         config: rates and decay.
+        apex_adam: NVIDIA Apex's FusedAdam, from `load_apex_adam`; None takes torch's fused AdamW.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], config: OptimConfig) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        config: OptimConfig,
+        *,
+        apex_adam: Callable[..., torch.optim.Optimizer] | None = None,
+    ) -> None:
         self.buckets = list(buckets)
         self.config = config
         self.masters: list[Tensor] = []
@@ -70,8 +78,16 @@ class ShardedAdamW:
                     "ratio": _ratio(config, bucket),
                 }
             )
-        self._inner = torch.optim.AdamW(
-            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        settings: dict[str, Any] = {  # of both optimizers
+            "lr": config.lr,
+            "betas": (config.beta1, config.beta2),
+            "eps": config.eps,
+        }
+        self._apex = apex_adam is not None
+        self._inner = (
+            torch.optim.AdamW(groups, **settings, fused=True)
+            if apex_adam is None
+            else apex_adam(groups, **settings, adam_w_mode=True)
         )
         for master in self.masters:  # made now, so that a checkpoint can be loaded into them
             self._inner.state[master] = {
@@ -90,11 +106,23 @@ class ShardedAdamW:
         """
         for group in self._inner.param_groups:
             group["lr"] = lr * group["ratio"]
-        # the protocol of torch.amp.GradScaler with fused optimizers
-        self._inner.grad_scale = scale  # type: ignore[attr-defined]
-        self._inner.found_inf = skip  # type: ignore[attr-defined]
-        self._inner.step()
+        if self._apex:
+            self._step_apex(scale, skip)
+        else:
+            # the protocol of torch.amp.GradScaler with fused optimizers
+            self._inner.grad_scale = scale  # type: ignore[attr-defined]
+            self._inner.found_inf = skip  # type: ignore[attr-defined]
+            self._inner.step()
         self.publish()
+
+    def _step_apex(self, scale: Tensor, skip: Tensor) -> None:
+        """Update with Apex, which takes neither scale nor skip: the host waits for `skip`."""
+        if bool(skip):
+            return
+        torch._foreach_div_([m.grad for m in self.masters if m.grad is not None], scale)
+        self._inner.step()
+        for master in self.masters:  # Apex counts in its groups; checkpoints read it here
+            self._inner.state[master]["step"] += 1
 
     def publish(self) -> None:
         """Copy master weights into the parameters and gather the other ranks' slices."""
@@ -120,6 +148,24 @@ class ShardedAdamW:
     def updates(self, count: int) -> None:
         for master in self.masters:
             self._inner.state[master]["step"].fill_(float(count))
+        if self._apex:
+            for group in self._inner.param_groups:
+                group["step"] = count
+
+
+def load_apex_adam(device: torch.device) -> Callable[..., torch.optim.Optimizer] | None:
+    """Return NVIDIA Apex's FusedAdam for a GPU where it is built, else None.
+
+    PyPI's package of the same name is unrelated and has no such module.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        return None
+    fused: Callable[..., torch.optim.Optimizer] = FusedAdam  # apex ships no types
+    return fused
 
 
 def _ratio(config: OptimConfig, bucket: Bucket) -> float:

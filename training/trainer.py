@@ -28,7 +28,7 @@ from gatewise.training.config import Precision, TrainConfig
 from gatewise.training.data import PreparedData
 from gatewise.training.evaluate import Evaluation, EvaluationStopped, evaluate
 from gatewise.training.health import HealthMeter
-from gatewise.training.optim import ShardedAdamW, learning_rate
+from gatewise.training.optim import ShardedAdamW, learning_rate, load_apex_adam
 from gatewise.training.resume import Progress, RunCheckpoints
 from gatewise.training.sequences import SequenceOrder, read_batch
 from gatewise.training.sinks import MetricSink
@@ -121,7 +121,9 @@ class Trainer:
         self.counts = count_parameters(config.model, vocab_size)
         buckets = make_buckets(parameter_specs(self.model), groups)
         self.reducer = GradientReducer(buckets, ranks=runtime.world)
-        self.optimizer = ShardedAdamW(buckets, config.optim)
+        apex_adam = load_apex_adam(runtime.device)
+        _log.info("optimizer: %s", "NVIDIA Apex" if apex_adam else "torch's fused AdamW")
+        self.optimizer = ShardedAdamW(buckets, config.optim, apex_adam=apex_adam)
         write_gradients_directly(self.model, self.reducer)
         self.order = SequenceOrder(len(data.train.tokens), config.data.sequence_length, config.seed)
         self.meter = HealthMeter(

@@ -12,7 +12,7 @@ from gatewise.parallel.collectives import NO_GROUP
 from gatewise.parallel.dims import Groups, ReduceGroups
 from gatewise.parallel.parameters import Label, ParameterSpec
 from gatewise.training.config import OptimConfig, Schedule
-from gatewise.training.optim import ShardedAdamW, learning_rate
+from gatewise.training.optim import ShardedAdamW, learning_rate, load_apex_adam
 
 ALONE = ReduceGroups(NO_GROUP, NO_GROUP)
 GROUPS = Groups(NO_GROUP, NO_GROUP, ALONE, ALONE, None)
@@ -167,3 +167,32 @@ def test_a_constant_rate_stays() -> None:
 def test_short_runs_have_rates_above_zero(schedule: Schedule, steps: int, warmup: int) -> None:
     for value in rates(steps, schedule=schedule, warmup=warmup):
         assert 0 < value <= 1
+
+
+class ApexLike(torch.optim.AdamW):
+    """Apex's FusedAdam as far as its interface goes: its own step count, no scale and no skip."""
+
+    def __init__(self, groups: list[dict[str, object]], *, adam_w_mode: bool, **settings: object):
+        assert adam_w_mode
+        super().__init__(groups, **settings)  # type: ignore[arg-type]
+
+
+def test_the_optimizer_of_apex_gives_the_updates_of_torch() -> None:
+    config = OptimConfig(weight_decay=0.2)
+    parts = [make_buckets(specs(), GROUPS) for _ in range(2)]
+    torchs = ShardedAdamW(parts[0], config)
+    apexs = ShardedAdamW(parts[1], config, apex_adam=ApexLike)
+    for step, skip in enumerate((0.0, 1.0, 0.0)):
+        for buckets, optimizer in zip(parts, (torchs, apexs), strict=True):
+            fill(buckets, step)
+            # Apex counts by itself; this stand-in is torch's, which counts in the state
+            before = optimizer.updates
+            optimizer.step(0.01, scale=scalar(4.0), skip=scalar(skip))
+            optimizer.updates = before + int(not skip)
+    for mine, theirs in zip(parts[0], parts[1], strict=True):
+        torch.testing.assert_close(mine.values, theirs.values)
+    assert torchs.updates == apexs.updates == 2
+
+
+def test_apex_is_not_looked_for_without_a_gpu() -> None:
+    assert load_apex_adam(torch.device("cpu")) is None
