@@ -42,4 +42,5 @@ class GroupedExperts(nn.Module):
         self.w_out_eDF = nn.Parameter(torch.empty(num_local, hidden, expert_width))
         self.sinks: tuple[GradientSink, GradientSink] | None = None
         for weight in (self.w_in_eGD, self.w_out_eDF):
-            nn.init.normal_(weight, std=0.02)
+            if not weight.is_meta:  # drawing nothing there imports torch's compiler
+                nn.init.normal_(weight, std=0.02)

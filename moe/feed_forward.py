@@ -28,7 +28,8 @@ class FeedForward(nn.Module):
         self.w_in_GD = nn.Parameter(torch.empty(inner, hidden))
         self.w_out_DF = nn.Parameter(torch.empty(hidden, width))
         for weight in (self.w_in_GD, self.w_out_DF):
-            nn.init.normal_(weight, std=0.02)
+            if not weight.is_meta:  # drawing nothing there imports torch's compiler
+                nn.init.normal_(weight, std=0.02)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Apply the network to rows of any leading shape."""

@@ -47,7 +47,8 @@ class TopKRouter(nn.Module):
         # Not an optimizer parameter: moved by the counts of each optimizer step, frozen in
         # evaluation, kept in checkpoints.
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
-        nn.init.normal_(self.weight, std=0.02)
+        if not self.weight.is_meta:  # drawing nothing there imports torch's compiler
+            nn.init.normal_(self.weight, std=0.02)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
         """Keep weight and bias as they are when the model is cast to half precision."""

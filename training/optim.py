@@ -10,10 +10,11 @@ Source: AdamW: arXiv:1711.05101; sharded state: ZeRO stage 1, arXiv:1910.02054;
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from gatewise.parallel.buckets import Bucket
 from gatewise.parallel.collectives import Group
@@ -44,6 +45,17 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.lr_min_ratio + (1 - config.lr_min_ratio) * cosine)
 
 
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What an update of one bucket's owned slice needs beside values and gradients."""
+
+    decay: float
+    ratio: float  # of the learning rate
+    step: Tensor  # updates so far; fp32 scalar on the device, as the fused kernel wants it
+    first: Tensor  # moments
+    second: Tensor
+
+
 class ShardedAdamW:
     """One AdamW over this rank's slices of all buckets.
 
@@ -64,37 +76,23 @@ class ShardedAdamW:
         self.buckets = list(buckets)
         self.config = config
         self.masters: list[Tensor] = []
-        groups = []
+        self._states: list[_State] = []  # made now, so that a checkpoint can be loaded into them
         for bucket in self.buckets:
             mine = bucket.values[bucket.owned]
             wide = bucket.gradients.dtype
             master = mine if mine.dtype == wide else mine.to(wide)
             master.grad = bucket.gradients[bucket.owned]
             self.masters.append(master)
-            groups.append(
-                {
-                    "params": [master],
-                    "weight_decay": config.weight_decay if bucket.decay else 0.0,
-                    "ratio": _ratio(config, bucket),
-                }
+            self._states.append(
+                _State(
+                    decay=config.weight_decay if bucket.decay else 0.0,
+                    ratio=_ratio(config, bucket),
+                    step=torch.zeros((), dtype=torch.float32, device=master.device),
+                    first=torch.zeros_like(master),
+                    second=torch.zeros_like(master),
+                )
             )
-        settings: dict[str, Any] = {  # of both optimizers
-            "lr": config.lr,
-            "betas": (config.beta1, config.beta2),
-            "eps": config.eps,
-        }
-        self._apex = apex_adam is not None
-        self._inner = (
-            torch.optim.AdamW(groups, **settings, fused=True)
-            if apex_adam is None
-            else apex_adam(groups, **settings, adam_w_mode=True)
-        )
-        for master in self.masters:  # made now, so that a checkpoint can be loaded into them
-            self._inner.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+        self._apex = None if apex_adam is None else self._wrap_apex(apex_adam)
 
     def step(self, lr: float, *, scale: Tensor, skip: Tensor) -> None:
         """Update all parameters and bring every rank's copy up to date.
@@ -104,25 +102,61 @@ class ShardedAdamW:
             scale: scalar; gradients are divided by it.
             skip: scalar, 1 leaves parameters, moments and step counts as they are.
         """
-        for group in self._inner.param_groups:
-            group["lr"] = lr * group["ratio"]
-        if self._apex:
-            self._step_apex(scale, skip)
+        if self._apex is not None:
+            self._step_apex(self._apex, lr, scale=scale, skip=skip)
         else:
-            # the protocol of torch.amp.GradScaler with fused optimizers
-            self._inner.grad_scale = scale  # type: ignore[attr-defined]
-            self._inner.found_inf = skip  # type: ignore[attr-defined]
-            self._inner.step()
+            self._step_torch(lr, scale=scale, skip=skip)
         self.publish()
 
-    def _step_apex(self, scale: Tensor, skip: Tensor) -> None:
+    def _step_torch(self, lr: float, *, scale: Tensor, skip: Tensor) -> None:
+        """Update with torch's fused kernel, which takes scale and skip.
+
+        The function, not the class: making a `torch.optim.AdamW` imports torch's compiler, 2 s and
+        75 MB on every rank.
+        """
+        for bucket, master, state in zip(self.buckets, self.masters, self._states, strict=True):
+            adamw(
+                [master],
+                [bucket.gradients[bucket.owned]],
+                [state.first],
+                [state.second],
+                [],
+                [state.step],
+                fused=True,
+                grad_scale=scale,
+                found_inf=skip,
+                amsgrad=False,
+                maximize=False,
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
+                lr=lr * state.ratio,
+                weight_decay=state.decay,
+                eps=self.config.eps,
+            )
+
+    def _wrap_apex(self, adam: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [master], "weight_decay": state.decay}
+            for master, state in zip(self.masters, self._states, strict=True)
+        ]
+        config = self.config
+        betas = (config.beta1, config.beta2)
+        inner = adam(groups, lr=config.lr, betas=betas, eps=config.eps, adam_w_mode=True)
+        for master, state in zip(self.masters, self._states, strict=True):
+            inner.state[master] = {"exp_avg": state.first, "exp_avg_sq": state.second}
+        return inner
+
+    def _step_apex(
+        self, inner: torch.optim.Optimizer, lr: float, *, scale: Tensor, skip: Tensor
+    ) -> None:
         """Update with Apex, which takes neither scale nor skip: the host waits for `skip`."""
         if bool(skip):
             return
+        for group, state in zip(inner.param_groups, self._states, strict=True):
+            group["lr"] = lr * state.ratio
+            state.step.add_(1)  # Apex counts in its groups; checkpoints read it here
         torch._foreach_div_([m.grad for m in self.masters if m.grad is not None], scale)
-        self._inner.step()
-        for master in self.masters:  # Apex counts in its groups; checkpoints read it here
-            self._inner.state[master]["step"] += 1
+        inner.step()
 
     def publish(self) -> None:
         """Copy master weights into the parameters and gather the other ranks' slices."""
@@ -136,21 +170,19 @@ class ShardedAdamW:
 
     def moments(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the first and second moments of bucket `index`'s owned slice."""
-        state = self._inner.state[self.masters[index]]
-        return state["exp_avg"], state["exp_avg_sq"]
+        return self._states[index].first, self._states[index].second
 
     @property
     def updates(self) -> int:
         """Number of updates applied (skipped steps do not count); the host waits for it."""
-        return int(self._inner.state[self.masters[0]]["step"].item())
+        return int(self._states[0].step.item())
 
     @updates.setter
     def updates(self, count: int) -> None:
-        for master in self.masters:
-            self._inner.state[master]["step"].fill_(float(count))
-        if self._apex:
-            for group in self._inner.param_groups:
-                group["step"] = count
+        for state in self._states:
+            state.step.fill_(float(count))
+        for group in self._apex.param_groups if self._apex else ():
+            group["step"] = count
 
 
 def load_apex_adam(device: torch.device) -> Callable[..., torch.optim.Optimizer] | None:

@@ -164,7 +164,11 @@ def test_fingerprint_follows_content_and_split_but_not_the_place(tmp_path: Path)
         ("weights.pt", b"ab\0c", r"weights\.pt is binary \(a NUL byte at offset 2\); give UTF-8"),
         ("latin.txt", b"na\xefve", r"latin\.txt is not UTF-8 \(byte 2\); convert it.*iconv"),
         ("cut.txt", "a\u00e9".encode()[:-1], r"cut\.txt is not UTF-8 \(byte 1\)"),
-        ("torn.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], r"torn\.gz is not a complete gzip file"),
+        (
+            "torn.gz",
+            gzip.compress(b"x" * 9999, mtime=0)[:-9],
+            r"torn\.gz is not a complete gzip file",
+        ),
         ("plain.gz", b"no gzip", r"plain\.gz is not a complete gzip file"),
         ("bad.jsonl", b'{"text": "a"}\n{oops\n', r"bad\.jsonl, line 2 is not JSON"),
         ("key.jsonl", b'{"body": "a", "id": 1}\n', r"data\.text_key=text; it has: body, id; set"),
