@@ -305,8 +305,7 @@ def _stop_in_evaluation(rank: int) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("every", [2, None])
+@pytest.mark.parametrize(("ranks", "every"), [(1, None), (2, 2)])
 def test_a_signal_during_evaluation_is_not_left_waiting_for_its_end(
     ranks: int,
     every: int | None,

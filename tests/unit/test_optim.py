@@ -1,11 +1,7 @@
 """AdamW on buckets against torch's on plain parameters, and learning-rate schedules."""
 
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -207,18 +203,3 @@ def test_the_optimizer_of_apex_gives_the_updates_of_torch() -> None:
 
 def test_apex_is_not_looked_for_without_a_gpu() -> None:
     assert load_apex_adam(torch.device("cpu")) is None
-
-
-def test_a_trainer_does_not_import_the_compiler(tmp_path: Path) -> None:
-    """Each rank would wait for it, about two seconds, before the first step."""
-    script = (
-        "import sys; from pathlib import Path; "
-        "from training_runs import make_text, make_trainer, tiny; "
-        "folder = Path(sys.argv[1]); trainer, _ = make_trainer(tiny(1), make_text(folder), folder);"
-        "trainer.run_step(); trainer.evaluate(); trainer.close(); "
-        "sys.exit('torch._dynamo' in sys.modules)"
-    )
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(tests)}
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    assert subprocess.run(command, env=environment, check=False).returncode == 0
