@@ -140,7 +140,7 @@ class Kernels:
         weights: tuple[Tensor, Tensor],
         activation: Activation,
     ) -> tuple[Tensor, Tensor]:
-        """Return the outputs, and the first product (R, G)."""
+        """Return the outputs, and the first product, whose numbers lie in the kernels' own order."""
         hidden = x_RD.new_empty(x_RD.shape[0], weights[0].shape[1])
         y_RD = torch.empty_like(x_RD)
         self._ffn("forward", end_e, weights, activation, x=x_RD, y=y_RD, hidden=hidden)
@@ -156,7 +156,10 @@ class Kernels:
         *,
         need_dx: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return dx, the gradient of the first product, and the activations (R, F)."""
+        """Return dx, and for the weights the gradient of the first product and the activations.
+
+        The numbers of the last two lie in the kernels' own order.
+        """
         dhidden = torch.empty_like(hidden)
         inner_RF = dy_RD.new_empty(dy_RD.shape[0], weights[1].shape[2])
         dx_RD = torch.empty_like(dy_RD) if need_dx else None

@@ -1,8 +1,9 @@
 // The grouped feed-forward network: forward pass, and the gradient of its rows.
 //
-// Matrices lie in memory row by row, but for `hidden`, the first product, which only these two
-// passes see: a block's columns are cut into bands, and a band's numbers lie together, so that
-// both passes walk through memory.
+// The caller's matrices lie in memory row by row. What only the kernels see (`hidden`, the first
+// product, `dhidden`, its gradient, and `inner`, the activations) is cut: the rows into blocks, a
+// block's columns into bands, and a band's numbers lie together (`band_of`). So every pass walks
+// through memory instead of leaping from row to row, which no cache and no prefetcher likes.
 //
 // Forward, the weights are the broadcast side of the products (gemm.h): they are contiguous along
 // the sum, so they are read where they lie, once per block of rows, and only the few rows are
@@ -32,11 +33,17 @@ constexpr int64_t BLOCK = 128;                     // rows per pass over an expe
 constexpr int64_t BAND = PANEL > 64 ? PANEL : 64;  // columns that are worked on together
 constexpr int64_t LINE = 64;                       // bytes of a cache line
 // Results larger than this would only push everything else out of the caches.
-constexpr int64_t STREAM_BYTES = int64_t(16) << 20;
+constexpr int64_t STREAM_BYTES = int64_t(4) << 20;
 
 struct Block {  // some rows of one expert
   int64_t expert, row, rows;
 };
+
+// Where a block's band that starts at column `first` lies in a matrix of `columns`.
+template <class T>
+T* band_of(T* matrix, int64_t columns, const Block& block, int64_t first) {
+  return matrix + block.row * columns + first * block.rows;
+}
 
 // Cut every expert's rows into blocks of nearly equal size, whole vectors where possible.
 inline std::vector<Block> cut_blocks(const FfnCall& call) {
@@ -101,14 +108,9 @@ class Ffn {
     return count;
   }
 
-  // Where the band of `hidden` that starts at column f (of the gate or the up half) lies.
-  T* hidden_band(const Block& block, int64_t f, int half) const {
-    return static_cast<T*>(call_.hidden) + block.row * G_ + (half * F_ + f) * block.rows;
-  }
-
   void forward(const Block& block) const {
-    const int64_t wide = std::max(D_, F_);
-    float* x_panels = scratch(PANELS * PANEL * (D_ + F_ + 2 * BAND) + 2 * STRIP * wide);
+    const int64_t wide = padded(std::max(D_, F_));
+    float* x_panels = scratch(PANELS * PANEL * (D_ + F_ + 2 * BAND) + STRIP * wide);
     float* inner = x_panels + PANELS * PANEL * D_;
     float* hidden = inner + PANELS * PANEL * F_;
     float* strip = hidden + PANELS * PANEL * 2 * BAND;
@@ -136,7 +138,9 @@ class Ffn {
             store(inner + p * F_ * PANEL + f * width + at, activate<ACTIVATION>(load(own + at)));
         for (int half = 0; half < HALVES; half++)
           unpack_transposed(own + half * BAND * PANEL, width, panels[p].lanes, band,
-                            hidden_band(block, f, half) + panels[p].row * band, band);
+                            band_of(static_cast<T*>(call_.hidden), G_, block, half * F_ + f) +
+                                panels[p].row * band,
+                            band);
       }
     }
     float* y_panels = x_panels;
@@ -166,17 +170,17 @@ class Ffn {
   }
 
   void backward(const Block& block) const {
-    const int64_t stride = (D_ + LANES - 1) / LANES * LANES + LANES;  // no power of two
-    float* dy_buffer = scratch(BLOCK * (D_ + stride + 3 * BAND) + BAND * (D_ + 2 * BAND));
-    float* dx = dy_buffer + BLOCK * D_;
+    const int64_t stride = padded(D_);
+    float* dy_buffer = scratch(BLOCK * (2 * stride + BAND + padded(2 * BAND)) + BAND * (D_ + 2 * BAND));
+    float* dx = dy_buffer + BLOCK * stride;
     float* dinner = dx + BLOCK * stride;
     float* dhidden = dinner + BLOCK * BAND;
-    float* band_out = dhidden + BLOCK * 2 * BAND;
+    float* band_out = dhidden + BLOCK * padded(2 * BAND);
     float* band_in = band_out + BAND * D_;
     const T* w_in = static_cast<const T*>(call_.w_in) + block.expert * G_ * D_;
     const T* w_out = static_cast<const T*>(call_.w_out) + block.expert * D_ * F_;
-    const Rows dy = as_rows(static_cast<const T*>(call_.dy) + block.row * D_, D_, block.rows, D_,
-                            dy_buffer);
+    const Rows dy = copy_rows(static_cast<const T*>(call_.dy) + block.row * D_, D_, block.rows, D_,
+                              dy_buffer);
 
     for (int64_t f = 0; f < F_; f += BAND) {
       const int64_t band = std::min(BAND, F_ - f);
@@ -192,7 +196,7 @@ class Ffn {
         next = Fetch{};
       }
       for (int64_t i = 0; i < block.rows; i++) {
-        float* packed = dhidden + i * HALVES * band;
+        float* packed = dhidden + i * padded(HALVES * band);
         if (streams_)
           activate_backward_row<true>(block, i, f, band, dinner + i * BAND, packed);
         else
@@ -236,7 +240,7 @@ class Ffn {
           next.second = lines(w_in + BAND * D_ + part * count, count, slots);
         }
       }
-      multiply_rows(int(wide / LANES), rows, depth, Rows{dhidden, depth}, band_in, next, dx + d,
+      multiply_rows(int(wide / LANES), rows, depth, Rows{dhidden, padded(depth)}, band_in, next, dx + d,
                     stride, accumulate ? Store::accumulate : Store::overwrite);
     }
   }
@@ -246,10 +250,10 @@ class Ffn {
   template <bool STREAM>
   void activate_backward_row(const Block& block, int64_t i, int64_t f, int64_t band,
                              const float* dinner, float* packed) const {
-    const T* hidden = hidden_band(block, f, 0) + i * band;
-    const T* hidden_up = hidden_band(block, f, HALVES - 1) + i * band;
-    T* dhidden = static_cast<T*>(call_.dhidden) + (block.row + i) * G_ + f;
-    T* inner = static_cast<T*>(call_.inner) + (block.row + i) * F_ + f;
+    const T* hidden = band_of(static_cast<T*>(call_.hidden), G_, block, f) + i * band;
+    T* dhidden = band_of(static_cast<T*>(call_.dhidden), G_, block, f) + i * band;
+    T* inner = band_of(static_cast<T*>(call_.inner), F_, block, f) + i * band;
+    const int64_t up = GATED ? F_ * block.rows : 0;  // from a gate's number to its up number
     auto one = [](vec d, vec x, vec up, vec* dx, vec* dup) {
       if constexpr (GATED)
         return swiglu_backward(d, x, up, dx, dup);
@@ -260,18 +264,18 @@ class Ffn {
     int64_t j = 0;
     vec dx, dup;
     for (; j + LANES <= band; j += LANES) {
-      put(inner + j, one(load(dinner + j), load(hidden + j), load(hidden_up + j), &dx, &dup));
+      put(inner + j, one(load(dinner + j), load(hidden + j), load(hidden + up + j), &dx, &dup));
       put(dhidden + j, dx);
       store(packed + j, dx);
-      if (GATED) put(dhidden + F_ + j, dup), store(packed + band + j, dup);
+      if (GATED) put(dhidden + up + j, dup), store(packed + band + j, dup);
     }
     for (; j < band; j++) {
       vec a = one(broadcast(dinner[j]), broadcast(widen(hidden[j])),
-                  broadcast(widen(hidden_up[j])), &dx, &dup);
+                  broadcast(widen(hidden[up + j])), &dx, &dup);
       narrow(a[0], inner + j);
       narrow(dx[0], dhidden + j);
       packed[j] = dx[0];
-      if (GATED) narrow(dup[0], dhidden + F_ + j), packed[band + j] = dup[0];
+      if (GATED) narrow(dup[0], dhidden + up + j), packed[band + j] = dup[0];
     }
   }
 

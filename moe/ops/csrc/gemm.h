@@ -147,11 +147,21 @@ void convert(const T* x, int64_t width, float* out) {
   for (; i < width; i++) out[i] = widen(x[i]);
 }
 
-// A block of rows as floats: where it lies, or converted into `buffer`.
+// Numbers between the starts of two rows in a buffer of rows: with a power of two, a row's numbers
+// would meet the other rows' in the same few places of the cache.
+inline int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES + LANES; }
+
+// Copy a block of rows as floats.
+template <class T>
+Rows copy_rows(const T* x, int64_t stride, int64_t rows, int64_t width, float* buffer) {
+  for (int64_t i = 0; i < rows; i++) convert(x + i * stride, width, buffer + i * padded(width));
+  return {buffer, padded(width)};
+}
+
+// A block of rows as floats: where it lies, or copied. (Copying what is used once does not pay.)
 inline Rows as_rows(const float* x, int64_t stride, int64_t, int64_t, float*) { return {x, stride}; }
 inline Rows as_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, float* buffer) {
-  for (int64_t i = 0; i < rows; i++) convert(x + i * stride, width, buffer + i * width);
-  return {buffer, width};
+  return copy_rows(x, stride, rows, width, buffer);
 }
 
 // out[k][lane] = x[lane][k], `lanes` of them real, zeros up to the next multiple of LANES.
@@ -195,10 +205,10 @@ void unpack_transposed(const float* x, int64_t stride, int lanes, int64_t depth,
 // out[k][i] = x[k][i] for i < width, zeros up to the next multiple of LANES, for `depth` rows.
 template <class T>
 void pack_columns(const T* x, int64_t stride, int64_t width, int64_t depth, float* out) {
-  const int64_t padded = (width + LANES - 1) / LANES * LANES;
+  const int64_t wide = (width + LANES - 1) / LANES * LANES;
   for (int64_t k = 0; k < depth; k++) {
-    convert(x + k * stride, width, out + k * padded);
-    for (int64_t i = width; i < padded; i++) out[k * padded + i] = 0.0f;
+    convert(x + k * stride, width, out + k * wide);
+    for (int64_t i = width; i < wide; i++) out[k * wide + i] = 0.0f;
   }
 }
 
@@ -215,17 +225,19 @@ inline void copy_strip(const bf16* x, float* out) {
   }
 }
 
-// Split `width` columns into strips: out[strip][k][STRIP], the last one padded with zeros.
+// Split `width` columns into strips: out[strip][k][STRIP], the last one padded with zeros. Strips are
+// `stride_out` apart.
 template <class T>
-void pack_strips(const T* x, int64_t stride, int64_t width, int64_t depth, float* out) {
+void pack_strips(const T* x, int64_t stride, int64_t width, int64_t depth, float* out,
+                 int64_t stride_out) {
   const int64_t whole = width / STRIP;
   for (int64_t k = 0; k < depth; k++)
     for (int64_t s = 0; s < whole; s++)
-      copy_strip(x + k * stride + s * STRIP, out + (s * depth + k) * STRIP);
+      copy_strip(x + k * stride + s * STRIP, out + s * stride_out + k * STRIP);
   if (whole * STRIP == width) return;
   for (int64_t k = 0; k < depth; k++)
     for (int64_t i = 0; i < STRIP; i++)
-      out[(whole * depth + k) * STRIP + i] =
+      out[whole * stride_out + k * STRIP + i] =
           whole * STRIP + i < width ? widen(x[k * stride + whole * STRIP + i]) : 0.0f;
 }
 

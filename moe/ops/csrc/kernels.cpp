@@ -62,11 +62,11 @@ void gatewise_ffn_backward_data(const FfnCall* call) {
 void gatewise_ffn_backward_weights(const FfnCall* call) {
   const bool gated = call->activation == SWIGLU;
   if (!call->is_bf16)
-    weight_gradients<float, float>(*call, gated);
+    WeightGradients<float, float>(*call, gated).run();
   else if (call->dw_is_bf16)
-    weight_gradients<bf16, bf16>(*call, gated);
+    WeightGradients<bf16, bf16>(*call, gated).run();
   else
-    weight_gradients<bf16, float>(*call, gated);
+    WeightGradients<bf16, float>(*call, gated).run();
 }
 
 void gatewise_activate(int64_t is_bf16, int64_t activation, const void* hidden, int64_t rows,

@@ -35,7 +35,9 @@ class Scratch {
   int64_t bytes_ = 0;
 };
 
-inline float* scratch(int64_t floats) {
+// One piece of memory per thread and purpose.
+template <int PURPOSE = 0>
+float* scratch(int64_t floats) {
   static thread_local Scratch memory;
   return memory.take(floats);
 }
