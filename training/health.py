@@ -49,6 +49,10 @@ class HealthMeter:
                     # a step with NaN is skipped, and shall not spoil the whole window
                     self._sums[row, index] += torch.nan_to_num(value)
 
+    def sums(self) -> dict[str, Tensor]:
+        """Return this rank's sums since the last `drain`; views, to be copied or loaded into."""
+        return {"count_LE": self._count_LE, "sums": self._sums}
+
     def measure_gradients(self, reducer: GradientReducer) -> None:
         """Take the norms of single experts from a step's reduced gradients."""
         if self._layers:

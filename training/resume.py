@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gatewise.moe.model import Decoder
 from gatewise.parallel.errors import CheckpointError
@@ -27,7 +28,7 @@ from gatewise.training.checkpointer import (
 from gatewise.training.config import TrainConfig
 from gatewise.training.data import PreparedData
 from gatewise.training.optim import ShardedAdamW
-from gatewise.training.state import restore_rng, rng_state, training_ranges
+from gatewise.training.state import rank_state, restore_rank_state, training_ranges
 
 __all__ = ["Progress", "RunCheckpoints", "check_model", "check_tokenizer", "to_plain"]
 
@@ -64,6 +65,8 @@ class RunCheckpoints:
         self._config, self._runtime, self._data = config, runtime, data
         self._folder = folder / "checkpoints"
         self.resumed_from: str | None = None
+        # sums of an unfinished logging window; empty after a resume on another number of ranks
+        self.window: dict[str, Tensor] = {}
         self._saver = Checkpointer(
             self._folder,
             keep_last=config.checkpoint.keep_last,
@@ -96,14 +99,27 @@ class RunCheckpoints:
         load(path, training_ranges(model, optimizer), group=self._runtime.groups.checkpoint)
         optimizer.updates = int(meta["updates"])
         optimizer.publish()
-        rng = read_rank_state(path, self._runtime.rank, world=self._runtime.world)
-        if rng:
-            restore_rng(rng)
+        own = read_rank_state(path, self._runtime.rank, world=self._runtime.world)
+        if own:
+            self.window = restore_rank_state(own)
         self.resumed_from = str(path)
         return Progress(**{field.name: int(meta[field.name]) for field in fields(Progress)})
 
-    def save(self, model: Decoder, optimizer: ShardedAdamW, progress: Progress) -> None:
-        """Save; with `checkpoint.asynchronous` this blocks for one copy of the state only."""
+    def save(
+        self,
+        model: Decoder,
+        optimizer: ShardedAdamW,
+        progress: Progress,
+        window: Mapping[str, Tensor],
+    ) -> None:
+        """Save; with `checkpoint.asynchronous` this blocks for one copy of the state only.
+
+        Args:
+            model: on all ranks together.
+            optimizer: of the same.
+            progress: equal on all ranks.
+            window: this rank's sums of the logging window that is not written yet.
+        """
         meta = {
             **dataclasses.asdict(progress),
             "updates": optimizer.updates,
@@ -115,7 +131,10 @@ class RunCheckpoints:
             "time": time.time(),
         }
         self._saver.save(
-            progress.step, training_ranges(model, optimizer), meta=meta, rank_state=rng_state()
+            progress.step,
+            training_ranges(model, optimizer),
+            meta=meta,
+            rank_state=rank_state(window),
         )
 
     def wait(self) -> None:

@@ -7,6 +7,7 @@ puts ranges together.
 
 import io
 import random
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from gatewise.routers.topk import TopKRouter
 from gatewise.training.checkpoint_format import FlatRange
 from gatewise.training.optim import ShardedAdamW
 
-__all__ = ["model_ranges", "restore_rng", "rng_state", "training_ranges"]
+__all__ = ["model_ranges", "rank_state", "restore_rank_state", "training_ranges"]
 
 
 def training_ranges(model: Decoder, optimizer: ShardedAdamW) -> dict[str, FlatRange]:
@@ -49,10 +50,15 @@ def model_ranges(model: Decoder) -> dict[str, FlatRange]:
     return ranges
 
 
-def rng_state() -> bytes:
-    """Pack the states of Python's, NumPy's and torch's generators on this rank."""
+def rank_state(window: Mapping[str, Tensor]) -> bytes:
+    """Pack what belongs to this rank alone.
+
+    That is the states of Python's, NumPy's and torch's generators, and the sums of the logging
+    window that is not written yet.
+    """
     buffer = io.BytesIO()
     states = {
+        "window": {name: tensor.cpu() for name, tensor in window.items()},
         "python": repr(random.getstate()),
         "numpy": repr(_numpy_state()),
         "torch": torch.get_rng_state(),
@@ -63,8 +69,8 @@ def rng_state() -> bytes:
     return buffer.getvalue()
 
 
-def restore_rng(packed: bytes) -> None:
-    """Undo `rng_state`."""
+def restore_rank_state(packed: bytes) -> dict[str, Tensor]:
+    """Put the generators back and return the sums of the window."""
     import ast
 
     states = torch.load(io.BytesIO(packed), weights_only=True)
@@ -74,6 +80,8 @@ def restore_rng(packed: bytes) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+    window: dict[str, Tensor] = states["window"]
+    return window
 
 
 def _numpy_state() -> tuple[str, list[int], int, int, float]:

@@ -141,6 +141,8 @@ class Trainer:
         self.progress = self.checkpoints.resume(self.model, self.optimizer)
         clock, window = _Clock(), _Clock()
         losses = _Window(self.runtime.device)
+        for name, tensor in self.checkpoints.window.items():
+            self._window_sums(losses)[name].copy_(tensor)
         for sink in self.sinks:
             sink.resume(self.progress.step)
         self.model.train()
@@ -167,7 +169,9 @@ class Trainer:
                 stopped = evaluation is None
             due = config.checkpoint.every and step % config.checkpoint.every == 0
             if due or stopped or step == config.steps:
-                self.checkpoints.save(self.model, self.optimizer, self.progress)
+                self.checkpoints.save(
+                    self.model, self.optimizer, self.progress, self._window_sums(losses)
+                )
         self.checkpoints.wait()
         step_evaluated = config.evaluation.every and self.progress.step % config.evaluation.every
         if not stopped and (evaluation is None or step_evaluated != 0):
@@ -290,6 +294,10 @@ class Trainer:
             if label != "total"
         }
         return record | health
+
+    def _window_sums(self, losses: "_Window") -> dict[str, Tensor]:
+        """Name the sums of the logging window, so that a resumed run goes on with them."""
+        return {"losses": losses.mean, **self.meter.sums()}
 
     def _write(self, record: Mapping[str, Any]) -> None:
         for sink in self.sinks:
