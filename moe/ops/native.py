@@ -140,7 +140,7 @@ class Kernels:
         weights: tuple[Tensor, Tensor],
         activation: Activation,
     ) -> tuple[Tensor, Tensor]:
-        """Return the outputs, and the first product in the order that the kernels keep it in."""
+        """Return the outputs, and the first product in the kernels' own order."""
         hidden = x_RD.new_empty(x_RD.shape[0], weights[0].shape[1])
         y_RD = torch.empty_like(x_RD)
         self._ffn("forward", end_e, weights, activation, x=x_RD, y=y_RD, hidden=hidden)

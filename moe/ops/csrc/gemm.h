@@ -47,17 +47,15 @@ template <int M, int V, class A>
 void multiply(int64_t depth, A a, const float* b, Ahead ahead, float* c, int64_t stride_c,
               Store mode) {
   vec total[M][V];
-  if (mode == Store::accumulate) {
 #pragma GCC unroll 16
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+    for (int j = 0; j < V; j++) total[i][j] = vec{};
+  if (mode == Store::accumulate)  // c is added at the end, when it has arrived
+#pragma GCC unroll 1
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 16
-      for (int j = 0; j < V; j++) total[i][j] = load(c + i * stride_c + j * LANES);
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 16
-      for (int j = 0; j < V; j++) total[i][j] = vec{};
-  }
+      for (int j = 0; j < V * LANES; j += 16) __builtin_prefetch(c + i * stride_c + j, 1, 3);
   forget(c);
   forget(stride_c);
   const char* fetch = ahead.data ? ahead.data : reinterpret_cast<const char*>(b);
@@ -83,6 +81,14 @@ void multiply(int64_t depth, A a, const float* b, Ahead ahead, float* c, int64_t
   }
   forget(c);
   forget(stride_c);
+  if (mode == Store::accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+      for (int j = 0; j < V; j++) total[i][j] += load(c + i * stride_c + j * LANES);
+    forget(c);
+    forget(stride_c);
+  }
   if (mode == Store::stream) {
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++)
@@ -225,20 +231,20 @@ inline void copy_strip(const bf16* x, float* out) {
   }
 }
 
-// Split `width` columns into strips: out[strip][k][STRIP], the last one padded with zeros. Strips are
-// `stride_out` apart.
+// Split `width` columns into strips: out[strip][k][STRIP]; of the last one only the columns that
+// exist are written. Strips are `stride_out` apart.
 template <class T>
 void pack_strips(const T* x, int64_t stride, int64_t width, int64_t depth, float* out,
                  int64_t stride_out) {
   const int64_t whole = width / STRIP;
-  for (int64_t k = 0; k < depth; k++)
+  const int64_t rest = width % STRIP;
+  for (int64_t k = 0; k < depth; k++) {
+    const T* row = x + k * stride;
     for (int64_t s = 0; s < whole; s++)
-      copy_strip(x + k * stride + s * STRIP, out + s * stride_out + k * STRIP);
-  if (whole * STRIP == width) return;
-  for (int64_t k = 0; k < depth; k++)
-    for (int64_t i = 0; i < STRIP; i++)
-      out[whole * stride_out + k * STRIP + i] =
-          whole * STRIP + i < width ? widen(x[k * stride + whole * STRIP + i]) : 0.0f;
+      copy_strip(row + s * STRIP, out + s * stride_out + k * STRIP);
+    for (int64_t i = 0; i < rest; i++)
+      out[whole * stride_out + k * STRIP + i] = widen(row[whole * STRIP + i]);
+  }
 }
 
 }  // namespace gatewise
