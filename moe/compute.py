@@ -34,6 +34,7 @@ from gatewise.moe.ops.permute import (
     gather_rows,
     gather_rows_backward,
 )
+from gatewise.moe.ops.reuse import ReusedMemory
 from gatewise.parallel.buckets import Slot
 from gatewise.parallel.collectives import RowExchange
 from gatewise.parallel.schedule.executor import run_plan
@@ -106,6 +107,7 @@ class Job:
     schedule: Schedule
     sinks: tuple[GradientSink, GradientSink] | None = None  # of w_in and w_out
     gradient_scale: float = 1.0  # of the experts' weights; sinks take 1 only
+    memory: ReusedMemory | None = None  # for the experts' gradients where there are no sinks
 
     def __post_init__(self) -> None:
         assert self.sinks is None or self.gradient_scale == 1.0
@@ -304,6 +306,7 @@ class _WeightGradients:
     def __init__(self, job: Job, w_in_eGD: Tensor, w_out_eDF: Tensor) -> None:
         self._sinks = sinks = job.sinks
         self._scale = job.gradient_scale
+        self._memory = job.memory
         self._weights = (w_in_eGD, w_out_eDF)
         self._buffers: tuple[Tensor | None, Tensor | None] = (None, None)
         self._accumulate = False
@@ -323,6 +326,7 @@ class _WeightGradients:
             dw_out_eDF=self._buffers[1],
             accumulate=self._accumulate,
             count_list=ticket.counts,
+            memory=self._memory,
         )
         self._accumulate = True
 

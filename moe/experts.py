@@ -9,6 +9,7 @@ from torch import nn
 
 from gatewise.moe.compute import GradientSink
 from gatewise.moe.config import Activation
+from gatewise.moe.ops.reuse import ReusedMemory
 
 __all__ = ["GroupedExperts"]
 
@@ -40,6 +41,7 @@ class GroupedExperts(nn.Module):
         inner = 2 * expert_width if activation is Activation.swiglu else expert_width
         self.w_in_eGD = nn.Parameter(torch.empty(num_local, inner, hidden))
         self.w_out_eDF = nn.Parameter(torch.empty(num_local, hidden, expert_width))
+        self.memory = ReusedMemory()
         self.sinks: tuple[GradientSink, GradientSink] | None = None
         for weight in (self.w_in_eGD, self.w_out_eDF):
             if not weight.is_meta:  # drawing nothing there imports torch's compiler

@@ -93,6 +93,7 @@ class MoELayer(nn.Module):
             self.schedule,
             self.experts.sinks,
             self.expert_gradient_scale,
+            self.experts.memory,
         )
         y_TD = moe_compute(
             x_TD, routing.weight_TK, self.experts.w_in_eGD, self.experts.w_out_eDF, job

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gatewise.moe.config import Activation
 from gatewise.moe.ops.native import Kernels, kernels_for
+from gatewise.moe.ops.reuse import ReusedMemory
 
 __all__ = ["ffn_backward", "ffn_backward_data", "ffn_backward_weights", "ffn_forward"]
 
@@ -153,6 +154,7 @@ def ffn_backward_weights(  # noqa: PLR0917 - the operands of one kernel
     dw_out_eDF: Tensor | None = None,
     accumulate: bool = False,
     count_list: list[int] | None = None,
+    memory: ReusedMemory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of both weights; experts without rows get zeros.
 
@@ -167,6 +169,7 @@ def ffn_backward_weights(  # noqa: PLR0917 - the operands of one kernel
         dw_out_eDF: the same for the second weights.
         accumulate: add into the buffers instead of overwriting them.
         count_list: rows per local expert on the host, if the caller has them.
+        memory: where fresh tensors come from, if the engine can write into given memory.
 
     Returns:
         The two buffers, or fresh tensors of the dtype of the weights.
@@ -176,8 +179,8 @@ def ffn_backward_weights(  # noqa: PLR0917 - the operands of one kernel
     kernels = _kernels_for_products(dy_RD)
     if kernels is not None:
         if dw_in_eGD is None or dw_out_eDF is None:
-            dw_in_eGD = torch.empty_like(w_in_eGD, memory_format=torch.contiguous_format)
-            dw_out_eDF = torch.empty_like(w_out_eDF, memory_format=torch.contiguous_format)
+            memory = memory or ReusedMemory()
+            dw_in_eGD, dw_out_eDF = memory.take(w_in_eGD), memory.take(w_out_eDF)
             accumulate = False
         kernels.ffn_backward_weights(
             dy_RD,
