@@ -1,0 +1,1 @@
+"""What tells routers apart: pure functions of counts, scores, choices and weights."""
