@@ -16,7 +16,7 @@ Shapes:  T tokens on this rank   K experts per token   N pairs that are kept   R
          D width   E experts, all ranks   e experts of this rank   G, F see `ops/grouped_ffn.py`
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from gatewise.moe.config import Activation
-from gatewise.moe.dispatch import Dispatcher, Ticket
+from gatewise.moe.dispatch import Dispatcher, Ticket, cut_pieces
 from gatewise.moe.ops.grouped_ffn import ffn_backward_data, ffn_backward_weights, ffn_forward
 from gatewise.moe.ops.permute import (
     combine_rows,
@@ -108,6 +108,7 @@ class Job:
     sinks: tuple[GradientSink, GradientSink] | None = None  # of w_in and w_out
     gradient_scale: float = 1.0  # of the experts' weights; sinks take 1 only
     memory: ReusedMemory | None = None  # for the experts' gradients where there are no sinks
+    tickets: Sequence[Ticket] | None = None  # one per chunk, where they were made ahead
 
     def __post_init__(self) -> None:
         assert self.sinks is None or self.gradient_scale == 1.0
@@ -151,12 +152,6 @@ def moe_compute(
     return result
 
 
-def chunk_tokens(num_tokens: int, chunks: int) -> list[slice]:
-    """Cut `num_tokens` into `chunks` ranges of nearly equal length; some may be empty."""
-    ends = [num_tokens * (index + 1) // chunks for index in range(chunks)]
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-
 def _arranged(rows_RD: Tensor, index_R: Tensor | None) -> Tensor:
     return rows_RD if index_R is None else rows_RD.index_select(0, index_R)
 
@@ -169,10 +164,12 @@ class _MoECompute(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_TK: Tensor, w_in_eGD: Tensor, w_out_eDF: Tensor, job: Job
     ) -> Tensor:
         plan = job.schedule.forward
-        with record_function("moe.prepare"):
-            tickets = job.dispatcher.prepare(
-                job.expert_TK, chunk_tokens(x_TD.shape[0], plan.chunks), may_drop=job.may_drop
-            )
+        tickets = job.tickets
+        if tickets is None:
+            with record_function("moe.prepare"):
+                pieces = cut_pieces(job.expert_TK, plan.chunks)
+                tickets = job.dispatcher.prepare(pieces, may_drop=job.may_drop)
+        assert len(tickets) == plan.chunks
         y_TD = torch.empty_like(x_TD) if plan.chunks > 1 else None
         ordered: dict[int, Tensor] = {}
         moving: dict[tuple[str, int], RowExchange] = {}
@@ -223,7 +220,7 @@ class _MoECompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         job: Job = ctx.job
-        tickets: list[Ticket] = ctx.tickets
+        tickets: Sequence[Ticket] = ctx.tickets
         weight_TK, w_in_eGD, w_out_eDF, *rest = ctx.saved_tensors
         saved = []
         for length in ctx.saved_per_chunk:
@@ -346,7 +343,7 @@ class _WeightGradients:
 def _run(
     graph: StageGraph,
     plan: Plan,
-    tickets: list[Ticket],
+    tickets: Sequence[Ticket],
     functions: tuple[Callable[[int, Ticket], RowExchange | None], ...],
 ) -> None:
     by_name = {stage.name: fn for stage, fn in zip(graph.stages, functions, strict=True)}

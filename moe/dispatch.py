@@ -1,7 +1,8 @@
 """How rows travel to their experts and back, in phases that separate arithmetic from bytes.
 
 Read first: `compute.py` calls the phases in the order of a plan. `prepare` decides everything
-that depends on the routing, once for all chunks, with the only host synchronisation of the layer.
+that depends on the routing, once for all chunks of a layer, or of all layers where the routing is
+known before layer 0 (`plan_ahead.py`); it holds the only host synchronisation.
 `order`, `arrange` and `restore` (and their gradients) are local arithmetic; `send` and `give_back`
 move bytes and return at once with a handle. The gradient of each phase is another phase.
 
@@ -20,7 +21,14 @@ from torch.profiler import record_function
 from gatewise.moe.ops.permute import sort_pairs
 from gatewise.parallel.collectives import Group, RowExchange, exchange_ints
 
-__all__ = ["AllToAllDispatcher", "Dispatcher", "LocalDispatcher", "Ticket"]
+__all__ = [
+    "AllToAllDispatcher",
+    "Dispatcher",
+    "LocalDispatcher",
+    "Piece",
+    "Ticket",
+    "cut_pieces",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +47,37 @@ class Ticket:
     counts: list[int] | None  # rows of each local expert, where the host knows them anyway
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The pairs of one chunk of one layer."""
+
+    tokens: slice  # of this rank's tokens
+    expert_TK: Tensor  # of these tokens; int64 in [0, E), -1 marks a dropped pair
+
+
+def cut_pieces(expert_TK: Tensor, chunks: int) -> list[Piece]:
+    """Cut a layer's tokens into `chunks` ranges of nearly equal length; some may be empty."""
+    tokens = expert_TK.shape[0]
+    ends = [tokens * (index + 1) // chunks for index in range(chunks)]
+    cuts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [Piece(cut, expert_TK[cut]) for cut in cuts]
+
+
 class Dispatcher(Protocol):
     """Moves rows between ranks; see the module's first lines for the phases."""
 
     num_local: int  # e
     first_expert: int  # global index of this rank's first expert
 
-    def prepare(
-        self, expert_TK: Tensor, chunks: Sequence[slice], *, may_drop: bool
-    ) -> list[Ticket]:
-        """Sort the pairs of each chunk and agree with the other ranks on sizes.
+    def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
+        """Sort the pairs of each piece and agree with the other ranks on sizes, once for all.
 
         Args:
-            expert_TK: int64 in [0, E); -1 marks a dropped pair.
-            chunks: token ranges that together cover all tokens.
+            pieces: equally many on all ranks: the chunks of a layer, or of all layers.
             may_drop: whether there can be dropped pairs.
+
+        Returns:
+            One ticket per piece.
         """
         ...
 
@@ -78,20 +102,30 @@ class LocalDispatcher:
         self.first_expert = 0
         self._group = Group.of(None)
 
-    def prepare(
-        self, expert_TK: Tensor, chunks: Sequence[slice], *, may_drop: bool
-    ) -> list[Ticket]:
-        """Sort the pairs of each chunk; on a GPU the host waits only where pairs may be dropped."""
+    def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
+        """Sort the pairs of each piece; on a GPU the host waits only where pairs may be dropped."""
+        sorts = [sort_pairs(piece.expert_TK, self.num_local) for piece in pieces]
+        known = may_drop or any(piece.expert_TK.device.type == "cpu" for piece in pieces)
+        counts_Ce = torch.stack([count_E for *_, count_E in sorts]).tolist() if known else None
         tickets = []
-        for chunk in chunks:
-            order_N, token_N, inverse_TK, count_E = sort_pairs(expert_TK[chunk], self.num_local)
-            known = may_drop or count_E.device.type == "cpu"
-            counts = count_E.tolist() if known else None
-            if counts is not None and sum(counts) < order_N.shape[0]:  # some pairs were dropped
-                order_N, token_N = order_N[: sum(counts)], token_N[: sum(counts)]
-            end_e = count_E.cumsum(0).int()
+        for index, (piece, (order_N, token_N, inverse_TK, count_E)) in enumerate(
+            zip(pieces, sorts, strict=True)
+        ):
+            counts = counts_Ce[index] if counts_Ce is not None else None
+            kept = order_N.shape[0] if counts is None else sum(counts)  # others were dropped
             tickets.append(
-                Ticket(chunk, order_N, token_N, inverse_TK, [], [], None, None, end_e, counts)
+                Ticket(
+                    piece.tokens,
+                    order_N[:kept],
+                    token_N[:kept],
+                    inverse_TK,
+                    [],
+                    [],
+                    None,
+                    None,
+                    count_E.cumsum(0).int(),
+                    counts,
+                )
             )
         return tickets
 
@@ -122,31 +156,29 @@ class AllToAllDispatcher:
         self.first_expert = group.rank * self.num_local
         self.group = group
 
-    def prepare(
-        self, expert_TK: Tensor, chunks: Sequence[slice], *, may_drop: bool
-    ) -> list[Ticket]:
-        """Sort the pairs of each chunk and exchange all counts in one collective."""
+    def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
+        """Sort the pairs of each piece and exchange all counts in one collective."""
         size, local = self.group.size, self.num_local
-        sorts = [sort_pairs(expert_TK[chunk], size * local) for chunk in chunks]
+        sorts = [sort_pairs(piece.expert_TK, size * local) for piece in pieces]
         send_PCe = torch.stack([count_E.view(size, local) for *_, count_E in sorts], 1)
         with record_function("moe.exchange_counts"):
             receive_PCe = exchange_ints(send_PCe, self.group)
-        # The one host synchronisation of the layer: the collectives need sizes as host integers.
+        # The one host synchronisation: the collectives need sizes as host integers.
         both = torch.stack((send_PCe, receive_PCe)).cpu()
         sent_CP = both[0].sum(2).T.tolist()
         received_CP = both[1].sum(2).T.tolist()
         tickets = []
-        for index, (chunk, (order_N, token_N, inverse_TK, _)) in enumerate(
-            zip(chunks, sorts, strict=True)
+        for index, (piece, (order_N, token_N, inverse_TK, _)) in enumerate(
+            zip(pieces, sorts, strict=True)
         ):
             send, receive = sent_CP[index], received_CP[index]
             kept = sum(send)
             arrange_R, restore_R = _expert_major(both[1, :, index])
             count_e = both[1, :, index].sum(0)
-            device = expert_TK.device
+            device = piece.expert_TK.device
             tickets.append(
                 Ticket(
-                    chunk,
+                    piece.tokens,
                     order_N[:kept],
                     token_N[:kept],
                     inverse_TK,

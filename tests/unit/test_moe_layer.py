@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gatewise.moe import MoE
-from gatewise.moe.compute import BACKWARD, FORWARD, Schedule, chunk_tokens
+from gatewise.moe.compute import BACKWARD, FORWARD, Schedule
 from gatewise.moe.config import Activation
-from gatewise.moe.dispatch import LocalDispatcher
+from gatewise.moe.dispatch import LocalDispatcher, cut_pieces
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.layer import MoELayer
@@ -511,7 +511,8 @@ def test_a_wrong_argument_is_named(arguments: dict[str, object], message: str) -
 
 def test_chunks_cover_all_tokens_once_in_nearly_equal_parts() -> None:
     for num_tokens, chunks in product((0, 1, 5, 64), (1, 2, 3, 7)):
-        parts = chunk_tokens(num_tokens, chunks)
+        pieces = cut_pieces(torch.zeros(num_tokens, 1, dtype=torch.int64), chunks)
+        parts = [piece.tokens for piece in pieces]
         assert len(parts) == chunks
         covered = [token for part in parts for token in range(num_tokens)[part]]
         assert covered == list(range(num_tokens))
