@@ -100,7 +100,7 @@ def _ours(cell: Cell, weights: Weights) -> Candidate:
         activation=cell.activation.value,
         router="mixtral",
     ).to(cell.dtype)
-    router: Any = layer.router  # a TopKRouter, by its preset
+    router: Any = layer.router  # a ComposedRouter, by its preset
     _fill((router.weight, layer.experts.w_in_eGD, layer.experts.w_out_eDF), weights)
     return Candidate(OURS, layer, list(layer.parameters()))
 

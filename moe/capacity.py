@@ -27,6 +27,7 @@ def apply_capacity(
     *,
     num_experts: int,
     layer: int,
+    top_k: int | None = None,
 ) -> Routing:
     """Return `routing` with the pairs over capacity set to expert -1.
 
@@ -38,28 +39,38 @@ def apply_capacity(
         context: noise, for the random order.
         num_experts: E.
         layer: keys the noise.
+        top_k: experts per token that the capacity is reckoned with, where they vary; None: K.
     """
     assert config.factor is not None
-    num_tokens, top_k = routing.expert_TK.shape
-    capacity = math.ceil(config.factor * top_k * num_tokens / num_experts)
+    num_tokens, choices = routing.expert_TK.shape
+    capacity = math.ceil(config.factor * (top_k or choices) * num_tokens / num_experts)
     if config.order is CapacityOrder.probs:
         priority_TK = routing.weight_TK.detach()
     elif config.order is CapacityOrder.position:
         priority_TK = torch.zeros_like(routing.weight_TK, requires_grad=False)
+    elif config.order is CapacityOrder.choice:
+        place_K = torch.arange(choices, device=routing.weight_TK.device)
+        priority_TK = -place_K.to(routing.weight_TK.dtype).expand(num_tokens, choices) / choices
     elif context.noise is None:
         priority_TK = torch.rand_like(routing.weight_TK, requires_grad=False)
     else:
         # another stream than the router's jitter: layers count from 0, so ~layer is free
         priority_TK = context.noise.uniform(
-            (num_tokens, top_k), layer=~layer, device=routing.weight_TK.device
+            (num_tokens, choices), layer=~layer, device=routing.weight_TK.device
         )
     # neither a NaN nor padding takes a place from a token that can use it
     priority_TK = torch.nan_to_num(priority_TK, nan=-1.0)
     if context.padding_T is not None:
         priority_TK = priority_TK.masked_fill(context.padding_T.unsqueeze(1), -2.0)
-    keep_TK = keep_within_capacity(
-        routing.expert_TK, priority_TK, num_experts=num_experts, capacity=capacity
-    )
+    if routing.variable:  # empty places compete for an expert that does not exist
+        asked_TK = torch.where(routing.expert_TK < 0, num_experts, routing.expert_TK)
+        keep_TK = keep_within_capacity(
+            asked_TK, priority_TK, num_experts=num_experts + 1, capacity=capacity
+        )
+    else:
+        keep_TK = keep_within_capacity(
+            routing.expert_TK, priority_TK, num_experts=num_experts, capacity=capacity
+        )
     return replace(routing, expert_TK=torch.where(keep_TK, routing.expert_TK, -1))
 
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from gatewise.routers.config import RouterConfig
+from gatewise.routers.shapes import router_parameters
+
 __all__ = [
     "Activation",
     "CapacityConfig",
@@ -26,6 +29,7 @@ class CapacityOrder(Enum):
 
     probs = "probs"  # the largest combine weights
     position = "position"  # the first tokens
+    choice = "choice"  # all first choices before any second, then the first tokens
     random = "random"  # random token selection
 
 
@@ -128,8 +132,10 @@ class ParameterCount:
     router: int
 
 
-def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
-    """Count the parameters of a decoder from its settings."""
+def count_parameters(
+    config: ModelConfig, vocab_size: int, router: RouterConfig | None = None
+) -> ParameterCount:
+    """Count the parameters of a decoder from its settings; `router` None is a linear one."""
     hidden, width = config.hidden, config.hidden // config.heads
     kv_heads = config.kv_heads or config.heads
     matrices = 3 if config.activation is Activation.swiglu else 2
@@ -138,12 +144,14 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCount:
     expert = matrices * hidden * config.expert_width
     dense = matrices * hidden * config.feed_forward_width()
     num_moe = len(config.moe_layers())
-    router = num_moe * hidden * config.num_experts
+    routers = router_parameters(
+        router or RouterConfig(), hidden=hidden, num_experts=config.num_experts, layers=num_moe
+    )
     common = vocab_size * hidden * (1 if config.tie_embeddings else 2) + hidden
     common += config.layers * (attention + 2 * hidden) + (config.layers - num_moe) * dense
-    common += num_moe * config.shared_experts * expert + router
+    common += num_moe * config.shared_experts * expert + routers
     return ParameterCount(
         total=common + num_moe * config.num_experts * expert,
         active=common + num_moe * config.top_k * expert,
-        router=router,
+        router=routers,
     )

@@ -7,7 +7,9 @@ of a whole model from outside.
 Shapes:  T tokens on this rank   D model width   E experts, all ranks   K experts per token
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +17,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gatewise.moe.capacity import apply_capacity
+from gatewise.moe.columns import gather_columns
 from gatewise.moe.compute import Job, Schedule, moe_compute
 from gatewise.moe.config import Activation, CapacityConfig
 from gatewise.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.parallel.collectives import Group
-from gatewise.routers.api import Router, Routing, RoutingContext
-from gatewise.routers.balance import global_balance_loss, update_bias_
-from gatewise.routers.config import BalanceScope, RouterConfig, preset
-from gatewise.routers.topk import TopKRouter
+from gatewise.routers.api import (
+    Demand,
+    ExpertColumns,
+    Load,
+    Router,
+    Routing,
+    RoutingContext,
+    SlotMix,
+)
+from gatewise.routers.balance import global_balance_loss
+from gatewise.routers.config import RouterConfig
+from gatewise.routers.presets import preset
+from gatewise.routers.router import ComposedRouter, build_cell, build_router
 
 __all__ = ["MoE", "MoELayer"]
 
@@ -39,8 +51,11 @@ class MoELayer(nn.Module):
         shared: a feed-forward network that every token passes as well, or None.
         capacity: dropping, in training only.
 
-    `expert_gradient_scale` multiplies the gradients of the experts' weights.
+    `expert_gradient_scale` multiplies the gradients of the experts' weights; `columns` returns
+    their statistics over all ranks, for routers that read them.
     """
+
+    columns: Callable[[GroupedExperts, float], ExpertColumns]
 
     def __init__(
         self,
@@ -59,6 +74,8 @@ class MoELayer(nn.Module):
         self.capacity = capacity or CapacityConfig()
         self.schedule = Schedule.serial()
         self.expert_gradient_scale = 1.0
+        self.reads_columns = isinstance(router, ComposedRouter) and router.reads_columns
+        self.columns = gather_columns
 
     def forward(
         self, x_TD: Tensor, context: RoutingContext, layer: int
@@ -71,13 +88,29 @@ class MoELayer(nn.Module):
         padding_T = context.padding_T
         if padding_T is not None:
             x_TD = x_TD.masked_fill(padding_T.unsqueeze(1), 0.0)
-        routing, context = self.router(x_TD, context, layer)
+        if self.reads_columns:
+            columns = self.columns(self.experts, self.expert_gradient_scale)
+            routing, context = self.router(x_TD, replace(context, columns=columns), layer)
+            context = replace(context, columns=None)
+        else:
+            routing, context = self.router(x_TD, context, layer)
+        if routing.slots is not None:
+            y_TD = self._compute_slots(x_TD, routing.slots)
+            return self._add_shared(x_TD, y_TD), routing, context
         drops = self.capacity.factor is not None and self.training
         if drops:
+            asked_TK = routing.expert_TK
             routing = apply_capacity(
-                routing, self.capacity, context, num_experts=self.router.num_experts, layer=layer
+                routing,
+                self.capacity,
+                context,
+                num_experts=self.router.num_experts,
+                layer=layer,
+                top_k=getattr(self.router, "top_k", None) if routing.variable else None,
             )
             dropped_TK = routing.expert_TK < 0
+            if routing.variable:
+                dropped_TK = dropped_TK & (asked_TK >= 0)
             if padding_T is not None:
                 dropped_TK = dropped_TK & ~padding_T.unsqueeze(1)
             dropped = dropped_TK.sum().float()
@@ -85,9 +118,20 @@ class MoELayer(nn.Module):
         if padding_T is not None:
             unpadded_TK = torch.where(padding_T.unsqueeze(1), -1, routing.expert_TK)
             routing = replace(routing, expert_TK=unpadded_TK)
-        job = Job(
+        y_TD = self._compute(
+            x_TD,
+            routing.weight_TK,
             routing.expert_TK,
-            drops or padding_T is not None,
+            may_drop=drops or padding_T is not None or routing.variable,
+        )
+        return self._add_shared(x_TD, y_TD), routing, context
+
+    def _compute(
+        self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, *, may_drop: bool
+    ) -> Tensor:
+        job = Job(
+            expert_TK,
+            may_drop,
             self.experts.activation,
             self.dispatcher,
             self.schedule,
@@ -95,20 +139,29 @@ class MoELayer(nn.Module):
             self.expert_gradient_scale,
             self.experts.memory,
         )
-        y_TD = moe_compute(
-            x_TD, routing.weight_TK, self.experts.w_in_eGD, self.experts.w_out_eDF, job
-        )
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
-        return y_TD, routing, context
+        return moe_compute(x_TD, weight_TK, self.experts.w_in_eGD, self.experts.w_out_eDF, job)
+
+    def _compute_slots(self, x_TD: Tensor, mix: SlotMix) -> Tensor:
+        """Mix tokens into slots, give each slot to its one expert, and mix the outputs back."""
+        batch, num_slots, positions = mix.gather_BSP.shape
+        x_BPD = x_TD.view(batch, positions, -1)
+        slot_BSD = torch.bmm(mix.gather_BSP.to(x_TD.dtype), x_BPD)
+        expert_N1 = mix.expert_S.repeat(batch).unsqueeze(1)
+        one_N1 = mix.gather_BSP.new_ones(batch * num_slots, 1)
+        slot_ND = self._compute(slot_BSD.flatten(0, 1), one_N1, expert_N1, may_drop=False)
+        y_BPD = torch.bmm(mix.scatter_BPS.to(slot_ND.dtype), slot_ND.view(batch, num_slots, -1))
+        return y_BPD.flatten(0, 1)
+
+    def _add_shared(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+        return y_TD if self.shared is None else y_TD + self.shared(x_TD)
 
 
 class MoE(nn.Module):
     """The layer alone, an ordinary module for anyone's model.
 
     After a call `losses` holds the weighted router losses of that call: add them to yours. With a
-    router whose bias balances (`bias_rate`, as in "deepseek_v3"), call `update_bias` after each
-    optimizer step.
+    router that keeps balance by a state beside its parameters (`bias_rate` as in "deepseek_v3",
+    `sparsity_rate` as in "remoe"), call `update_router` after each optimizer step.
 
     With a process group of P ranks each rank holds E / P experts and brings its own tokens. Average
     the gradients of all other parameters over the ranks, as DistributedDataParallel does; those of
@@ -120,11 +173,12 @@ class MoE(nn.Module):
         num_experts: E over all ranks.
         top_k: K, experts per token.
         activation: "swiglu", "gelu" or "relu".
-        router: a preset's name (`gatewise.routers.config.PRESETS`), a `RouterConfig`, or a module
+        router: a preset's name (`gatewise.routers.presets.PRESETS`), a `RouterConfig`, or a module
             that follows the `Router` protocol.
         group: a process group, or None for this rank alone.
         shared_experts: experts of the same width that every token passes.
         capacity_factor: None drops nothing; else pairs over capacity are dropped in training.
+        vocab_size: number of token ids, for routers that choose by them.
 
     Raises:
         ValueError: for sizes that do not fit each other, naming the argument.
@@ -144,6 +198,7 @@ class MoE(nn.Module):
         group: dist.ProcessGroup | None = None,
         shared_experts: int = 0,
         capacity_factor: float | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("hidden", hidden), ("expert_width", expert_width)):
@@ -152,7 +207,7 @@ class MoE(nn.Module):
         kind = _activation(activation)
         config = preset(router) if isinstance(router, str) else router
         self._group = Group.of(group)
-        self._config = config if isinstance(config, RouterConfig) else None
+        self.router_cell = build_cell(config, hidden) if isinstance(config, RouterConfig) else None
         dispatcher: Dispatcher = LocalDispatcher(num_experts)
         if self._group.handle is not None:
             dispatcher = AllToAllDispatcher(num_experts, self._group)
@@ -164,7 +219,14 @@ class MoE(nn.Module):
             first_expert=dispatcher.first_expert,
         )
         self.layer = MoELayer(
-            TopKRouter(hidden, num_experts, top_k, config)
+            build_router(
+                config,
+                hidden,
+                num_experts,
+                top_k,
+                cell=self.router_cell,
+                vocab_size=vocab_size,
+            )
             if isinstance(config, RouterConfig)
             else config,
             experts,
@@ -175,8 +237,9 @@ class MoE(nn.Module):
             capacity=CapacityConfig(factor=capacity_factor),
         )
         self.layer.expert_gradient_scale = 1 / self._group.size
+        self.layer.columns = partial(gather_columns, group=self._group)
         self.losses = {}
-        self._demand_E: Tensor | None = None  # since the last update of the bias
+        self._load: Load | None = None  # summed since the last update of the router
 
     def __getstate__(self) -> dict[str, Any]:  # Any: whatever a module's attributes are
         """Leave the last call's losses out of copies: they belong to that call's graph."""
@@ -192,13 +255,16 @@ class MoE(nn.Module):
         """This rank's experts."""
         return self.layer.experts
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, padding: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> Tensor:
         """Apply the layer.
 
         Args:
             x: (..., hidden), of the parameters' dtype; with a leading batch dim, sequence losses
                 take each of its rows as one sequence.
             padding: bool (...), True where a token is padding: it gives zeros and counts nowhere.
+            token_ids: int64 (...), for routers that choose by them.
 
         Returns:
             A tensor like `x`.
@@ -207,37 +273,47 @@ class MoE(nn.Module):
         context = RoutingContext(
             sequences=x.shape[0] if x.dim() > 2 and x.shape[0] else 1,
             padding_T=None if padding is None else padding.reshape(-1),
+            token_ids=None if token_ids is None else token_ids.reshape(-1),
         )
         y_TD, routing, _ = self.layer(x_TD, context, 0)
         self.losses = dict(routing.losses)
-        config = self._config
-        if config and config.bias_rate and self.training and routing.load is not None:
-            demand_E = routing.load.count_E
-            self._demand_E = demand_E if self._demand_E is None else self._demand_E + demand_E
-        if config and config.balance_loss and config.balance_scope is BalanceScope.global_batch:
-            self.losses["balance"] = config.balance_loss * self._global_balance(routing)
+        router, load = self.layer.router, routing.load
+        if isinstance(router, ComposedRouter) and load is not None:
+            if router.moves and self.training:
+                self._load = _add_loads(self._load, load)
+            weight = router.global_loss_weight
+            if isinstance(weight, Tensor) or weight > 0:
+                self.losses["balance"] = weight * self._global_balance(load, router.top_k)
         y: Tensor = y_TD.view_as(x)
         return y
 
     @torch.no_grad()
-    def update_bias(self) -> None:
-        """Move the balancing bias by the demand of all training calls since the last update.
+    def update_router(self) -> None:
+        """Move the router's balance by the demand of all training calls since the last update.
 
-        Over a group all ranks must call it. Without a `bias_rate` it does nothing.
+        Over a group all ranks must call it. Routers without such a state stay as they are.
         """
-        config, router = self._config, self.layer.router
-        if not config or not config.bias_rate or not isinstance(router, TopKRouter):
+        router = self.layer.router
+        if not isinstance(router, ComposedRouter) or not router.moves:
             return
-        demand_E, self._demand_E = self._demand_E, None
-        if demand_E is None:
-            demand_E = torch.zeros_like(router.bias_E)
+        load, self._load = self._load, None
+        if load is None:  # the other ranks may have seen tokens
+            zero_E = torch.zeros_like(router.bias_E)
+            load = Load(zero_E, zero_E, zero_E.sum(), router.no_margins())
+        parts = [load.count_E, load.tokens.view(1)]
+        parts += [] if load.margin_EM is None else [load.margin_EM.flatten()]
+        packed = torch.cat(parts)
         if self._group.handle is not None:
-            dist.all_reduce(demand_E, group=self._group.handle)
-        update_bias_(router.bias_E, demand_E, rate=config.bias_rate)
+            dist.all_reduce(packed, group=self._group.handle)
+        count_E, tokens, margins = packed.split(
+            (len(load.count_E), 1, len(packed) - len(load.count_E) - 1)
+        )
+        margin_LEM = None
+        if load.margin_EM is not None:
+            margin_LEM = margins.view(1, *load.margin_EM.shape)
+        router.after_step(Demand(count_E.unsqueeze(0), tokens[0], margin_LEM))
 
-    def _global_balance(self, routing: Routing) -> Tensor:
-        load = routing.load
-        assert load is not None
+    def _global_balance(self, load: Load, top_k: int) -> Tensor:
         packed = torch.cat((load.count_E, load.tokens.view(1)))
         if self._group.handle is not None:
             dist.all_reduce(packed, group=self._group.handle)
@@ -245,9 +321,19 @@ class MoE(nn.Module):
             load.score_E,
             packed[:-1],
             tokens=packed[-1],
-            top_k=routing.expert_TK.shape[1],
+            top_k=top_k,
             ranks=self._group.size,
         )
+
+
+def _add_loads(total: Load | None, load: Load) -> Load:
+    """Add the counts of two calls; scores are left out."""
+    if total is None:
+        return replace(load, score_E=load.score_E.detach())
+    margins = None
+    if total.margin_EM is not None and load.margin_EM is not None:
+        margins = total.margin_EM + load.margin_EM
+    return Load(total.count_E + load.count_E, total.score_E, total.tokens + load.tokens, margins)
 
 
 def _activation(name: str) -> Activation:

@@ -24,7 +24,10 @@ from gatewise.moe.layer import MoELayer
 from gatewise.parallel.parameters import Label, ParameterSpec
 from gatewise.routers.api import Routing, RoutingContext
 from gatewise.routers.config import RouterConfig
-from gatewise.routers.topk import TopKRouter
+from gatewise.routers.recurrent import RecurrentCell
+from gatewise.routers.router import ComposedRouter, build_cell, build_router
+from gatewise.routers.shapes import Start
+from gatewise.routers.weights import RouterWeights, fill
 
 __all__ = ["Block", "Decoder", "DecoderOutput", "initialise", "parameter_specs", "set_precision"]
 
@@ -44,9 +47,19 @@ class Block(nn.Module):
         config: sizes.
         router: settings of the router, used where this layer has experts.
         layer: index from 0.
+        cell: what the routers of all layers share, registered by the model; or None.
+        vocab_size: for routers that choose by token id.
     """
 
-    def __init__(self, config: ModelConfig, router: RouterConfig, layer: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        router: RouterConfig,
+        layer: int,
+        *,
+        cell: RecurrentCell | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.norm_attention = RMSNorm(config.hidden, config.norm_eps)
@@ -62,7 +75,15 @@ class Block(nn.Module):
         if config.is_moe(layer):
             shared = config.shared_experts * config.expert_width
             self.feed_forward = MoELayer(
-                TopKRouter(config.hidden, config.num_experts, config.top_k, router),
+                build_router(
+                    router,
+                    config.hidden,
+                    config.num_experts,
+                    config.top_k,
+                    cell=cell,
+                    index=config.moe_layers().index(layer),
+                    vocab_size=vocab_size,
+                ),
                 GroupedExperts(
                     config.num_experts, config.hidden, config.expert_width, config.activation
                 ),
@@ -104,7 +125,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(vocab_size, config.hidden))
-        self.blocks = nn.ModuleList(Block(config, router, i) for i in range(config.layers))
+        if config.num_experts:
+            router.check(config.num_experts, config.top_k, causal=True)
+        self.router_cell = build_cell(router, config.hidden) if config.moe_layers() else None
+        self.blocks = nn.ModuleList(
+            Block(config, router, i, cell=self.router_cell, vocab_size=vocab_size)
+            for i in range(config.layers)
+        )
         self.norm_final = RMSNorm(config.hidden, config.norm_eps)
         self.head = (
             None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.hidden))
@@ -119,6 +146,11 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         """Return the MoE layers in order."""
         return [b.feed_forward for b in self._blocks() if isinstance(b.feed_forward, MoELayer)]
+
+    def routers(self) -> list[ComposedRouter]:
+        """Return the routers of the MoE layers in order."""
+        routers = [layer.router for layer in self.moe_layers()]
+        return [router for router in routers if isinstance(router, ComposedRouter)]
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
@@ -176,7 +208,8 @@ def initialise(model: Decoder, seed: int) -> None:
     """Give every parameter its starting value from the seed, its name and its expert alone.
 
     Any placement of experts, and any number of ranks, starts from the same model. Matrices are
-    normal with `init_std`, those that write to the residual stream divided by sqrt(2 * layers).
+    normal with `init_std`, those that write to the residual stream divided by sqrt(2 * layers);
+    routers say how theirs start.
     """
     residual = model.config.init_std / math.sqrt(2 * model.config.layers)
     for module_name, module in model.named_modules():
@@ -186,29 +219,29 @@ def initialise(model: Decoder, seed: int) -> None:
                 nn.init.ones_(parameter)
                 continue
             std = residual if name in ("w_out", "w_out_DF", "w_out_eDF") else model.config.init_std
-            if isinstance(module, GroupedExperts):
+            if isinstance(module, RouterWeights):
+                _draw(parameter.data, module.starts[name], std, seed, full_name)
+            elif isinstance(module, GroupedExperts):
                 for local in range(module.num_local):
                     expert = module.first_expert + local
-                    _normal_(parameter.data[local], std, seed, f"{full_name}.{expert}")
+                    _draw(parameter.data[local], Start(), std, seed, f"{full_name}.{expert}")
             else:
-                _normal_(parameter.data, std, seed, full_name)
-    for layer in model.moe_layers():
-        if isinstance(layer.router, TopKRouter):
-            nn.init.zeros_(layer.router.bias_E)
+                _draw(parameter.data, Start(), std, seed, full_name)
+        if isinstance(module, RouterWeights):
+            module.reset_state()
 
 
-def _normal_(data: Tensor, std: float, seed: int, name: str) -> None:
+def _draw(data: Tensor, start: Start, std: float, seed: int, name: str) -> None:
     # a CPU generator looks at the low 32 bits of its seed only, so both must be mixed into these
     mixed = (zlib.crc32(name.encode()) + seed * 0x9E3779B1) & 0xFFFFFFFF
-    generator = torch.Generator().manual_seed(mixed)
-    data.copy_(torch.randn(data.shape, generator=generator) * std)
+    fill(data, start, std, torch.Generator().manual_seed(mixed))
 
 
 def set_precision(model: Decoder, dtype: torch.dtype) -> None:
     """Cast the matrices to `dtype`; routers and norms stay fp32 (fp64 with fp64 matrices)."""
     small = torch.promote_types(dtype, torch.float32)
     for module in model.modules():
-        keep = isinstance(module, RMSNorm | TopKRouter)
+        keep = isinstance(module, RMSNorm | RouterWeights)
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(small if keep else dtype)
 
@@ -222,7 +255,7 @@ def parameter_specs(model: Decoder) -> list[ParameterSpec]:
             label: Label = "dense"
             if isinstance(module, GroupedExperts):
                 label = "expert"
-            elif isinstance(module, TopKRouter):
+            elif isinstance(module, RouterWeights):
                 label = "router"
             elif name == "embedding":
                 label = "embedding"

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from gatewise.moe.columns import gather_columns
 from gatewise.moe.compute import GradientSink, Schedule
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.dispatch import AllToAllDispatcher
@@ -44,6 +45,7 @@ def apply_expert_parallel(model: Decoder, group: Group, schedule: Schedule | Non
                 first_expert=dispatcher.first_expert,
             )
         layer.dispatcher = dispatcher
+        layer.columns = partial(gather_columns, group=group)
 
 
 def build_model(
@@ -67,9 +69,14 @@ def build_model(
 
 
 def write_gradients_directly(model: Decoder, reducer: GradientReducer) -> None:
-    """Let the experts' backward pass write into the reducer's buckets, past autograd."""
+    """Let the experts' backward pass write into the reducer's buckets, past autograd.
+
+    Not where the router reads the experts' weights: there autograd adds a second gradient.
+    """
     for layer in model.moe_layers():
         experts = layer.experts
+        if layer.reads_columns:
+            continue
         sink_in, sink_out = (
             GradientSink(reducer.slot(weight), partial(reducer.written, weight))
             for weight in (experts.w_in_eGD, experts.w_out_eDF)

@@ -1,9 +1,10 @@
 """What a router decides, and what it is told: the types that every other folder passes along.
 
-Read first: this file; then `topk.py` (a router) and `balance.py` (the losses).
+Read first: this file; then `router.py` (how a router is put together).
 
-Shapes:  T tokens on this rank   E experts, all ranks   K experts per token   D model width
-         B sequences on this rank (T = B * positions, sequence-major)   H router state
+Shapes:  T tokens on this rank   E experts, all ranks   K experts per token, at most
+         D model width   B sequences on this rank (T = B * positions, sequence-major)
+         H width of a router's state   L MoE layers   M bins of a histogram   S slots
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["AheadRouter", "Load", "NoiseKey", "Router", "Routing", "RoutingContext"]
+__all__ = [
+    "AheadRouter",
+    "Demand",
+    "ExpertColumns",
+    "Load",
+    "NoiseKey",
+    "Router",
+    "Routing",
+    "RoutingContext",
+    "SlotMix",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +37,50 @@ class Load:
     count_E: Tensor  # float32, no gradient
     score_E: Tensor  # sum over tokens of scores that sum to 1 per token; carries the gradient
     tokens: Tensor  # float32 scalar: tokens that are not padding
+    margin_EM: Tensor | None = None  # float32 histogram, where a quantile moves the bias
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one optimizer step asked of the experts of every layer, over all ranks."""
+
+    count_LE: Tensor  # float32
+    tokens: Tensor  # float32 scalar
+    margin_LEM: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMix:
+    """Soft routing: what the experts get, and how tokens are put together from what they give.
+
+    Slots are rows with a fixed expert each; both mixings stay within a sequence.
+    """
+
+    gather_BSP: Tensor  # weights of a sequence's P positions in each slot; rows sum to 1
+    scatter_BPS: Tensor  # weights of the slots in each position; rows sum to 1
+    expert_S: Tensor  # int64, the expert of each slot of one sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertColumns:
+    """Statistics of the columns of each expert's first weight, over its units."""
+
+    mean_ED: Tensor
+    variance_ED: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
     """The decision of one layer for this rank's tokens."""
 
-    expert_TK: Tensor  # int64 in [0, E); a dropped pair is -1
+    expert_TK: Tensor  # int64 in [0, E); -1: no expert here, or a pair that was dropped
     weight_TK: Tensor  # combine weights, float32; cast when combining
     logits_TE: Tensor | None = None  # float32, for calibration and plots
     losses: Mapping[str, Tensor] = field(default_factory=dict)  # weighted scalars
     load: Load | None = None
     health: Mapping[str, Tensor] = field(default_factory=dict)  # detached scalars to report
+    variable: bool = False  # whether the router itself left places empty (-1)
+    slots: SlotMix | None = None  # soft routing; `expert_TK` then has no columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +95,23 @@ class NoiseKey:
     step: int
     sequences: tuple[int, ...]  # global sample index of each of this rank's B sequences
 
-    def uniform(self, shape: tuple[int, ...], *, layer: int, device: torch.device) -> Tensor:
-        """Return U(0, 1) of `shape` = (T, ...), T a multiple of the number of sequences."""
+    def uniform(
+        self, shape: tuple[int, ...], *, layer: int, device: torch.device, stream: int = 0
+    ) -> Tensor:
+        """Return U(0, 1) of `shape` = (T, ...), T a multiple of the number of sequences.
+
+        Args:
+            shape: of the result.
+            layer: which layer draws.
+            device: of the result.
+            stream: tells apart the draws of one layer.
+        """
         positions = shape[0] // len(self.sequences)
+        more = (stream,) if stream else ()
         rows = []
         for sequence in self.sequences:
-            generator = torch.Generator().manual_seed(_mix(self.seed, self.step, sequence, layer))
+            mixed = _mix(self.seed, self.step, sequence, layer, *more)
+            generator = torch.Generator().manual_seed(mixed)
             rows.append(torch.rand((positions, *shape[1:]), generator=generator))
         return torch.cat(rows).to(device)
 
@@ -77,16 +131,20 @@ def _mix(*parts: int) -> int:
 class RoutingContext:
     """What is threaded through the layers; replaced, never mutated."""
 
-    state_TH: Tensor | None = None  # RMoE: GRU state after the previous layer
+    state_TH: Tensor | None = None  # recurrent routers: state after the previous MoE layer
     ahead: tuple[Routing, ...] | None = None  # pre-gating: decisions made before layer 0
     token_ids: Tensor | None = None  # int64 (T,), for hash routers
     padding_T: Tensor | None = None  # bool, True = padding
     sequences: int = 1  # B; T is sequence-major
     noise: NoiseKey | None = None  # None: no noise (evaluation)
+    columns: ExpertColumns | None = None  # of this layer's experts, for routers that read them
 
 
 class Router(Protocol):
-    """A decision per token in one layer."""
+    """A decision per token in one layer.
+
+    `router.py` has what a model further asks of its routers: parameters, losses, `after_step`.
+    """
 
     num_experts: int
 

@@ -23,23 +23,31 @@ __all__ = [
 
 
 def count_per_expert(
-    expert_TK: Tensor, num_experts: int, *, padding_T: Tensor | None = None
+    expert_TK: Tensor,
+    num_experts: int,
+    *,
+    padding_T: Tensor | None = None,
+    variable: bool = False,
 ) -> Tensor:
     """Count the pairs that each expert was chosen for.
 
     Args:
-        expert_TK: int64 in [0, num_experts).
+        expert_TK: int64 in [0, num_experts); -1 where `variable` leaves a place empty.
         num_experts: E.
         padding_T: bool, True where a token is padding and does not count.
+        variable: whether there can be empty places.
 
     Returns:
         float32 (E,); exact up to 2^24 pairs.
     """
     flat_N = expert_TK.flatten()
+    first = 0
+    if variable:  # empty places fall into a bin before the experts'
+        flat_N, first = flat_N + 1, 1
     if padding_T is None:
-        return torch.bincount(flat_N, minlength=num_experts).float()
+        return torch.bincount(flat_N, minlength=num_experts + first)[first:].float()
     real_N = (~padding_T).float().repeat_interleave(expert_TK.shape[1])
-    return torch.bincount(flat_N, weights=real_N, minlength=num_experts).float()
+    return torch.bincount(flat_N, real_N, minlength=num_experts + first)[first:].float()
 
 
 def balance_loss(score_E: Tensor, count_E: Tensor, *, tokens: Tensor, top_k: int) -> Tensor:
@@ -65,15 +73,21 @@ def balance_loss(score_E: Tensor, count_E: Tensor, *, tokens: Tensor, top_k: int
 
 
 def sequence_balance_loss(
-    score_TE: Tensor, expert_TK: Tensor, *, sequences: int, padding_T: Tensor | None = None
+    score_TE: Tensor,
+    expert_TK: Tensor,
+    *,
+    sequences: int,
+    padding_T: Tensor | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
     """Average `balance_loss` over sequences, each with counters of its own.
 
     Args:
         score_TE: rows sum to 1.
-        expert_TK: chosen experts.
+        expert_TK: chosen experts; with `top_k` given, -1 is an empty place.
         sequences: B; T must be a multiple of it.
         padding_T: True where a token does not count.
+        top_k: experts per token of uniform load, where their number varies; None: K.
 
     Returns:
         A scalar; 1 at uniform load in every sequence.
@@ -81,7 +95,11 @@ def sequence_balance_loss(
     num_tokens, num_experts = score_TE.shape
     if num_tokens == 0:
         return score_TE.sum()
-    chosen_TE = torch.zeros_like(score_TE, requires_grad=False).scatter_(1, expert_TK, 1.0)
+    chosen_TE = torch.zeros_like(score_TE, requires_grad=False)
+    if top_k is None:
+        chosen_TE.scatter_(1, expert_TK, 1.0)
+    else:
+        chosen_TE.scatter_add_(1, expert_TK.clamp(min=0), (expert_TK >= 0).to(score_TE.dtype))
     if padding_T is None:
         tokens_B = score_TE.new_full((sequences,), num_tokens / sequences)
     else:
@@ -94,7 +112,7 @@ def sequence_balance_loss(
         score_TE.view(sequences, -1, num_experts).sum(1),
         chosen_TE.view(sequences, -1, num_experts).sum(1),
         tokens=tokens_B,
-        top_k=expert_TK.shape[1],
+        top_k=top_k or expert_TK.shape[1],
     )
     return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)
 

@@ -236,7 +236,7 @@ class TrainConfig:
         if self.log_every < 1:
             raise ConfigError(f"log_every is {self.log_every}; it must be at least 1")
         if self.model.num_experts:
-            self.router.check(self.model.num_experts, self.model.top_k)
+            self.router.check(self.model.num_experts, self.model.top_k, causal=True)
         self._check_layout()
         stride = self.evaluation.stride
         if stride is not None and stride > self.data.sequence_length:

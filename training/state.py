@@ -1,8 +1,8 @@
 """A run's whole state as named ranges of flattened tensors, for checkpoints of any layout.
 
 Names: `model/<parameter>` fp32 master weights, `adam_m/` and `adam_v/` moments, `bias/<router>` the
-balancing biases. A rank lists only what it owns (`parallel/buckets.py`); `checkpoint_format.py`
-puts ranges together.
+balancing biases (and `<name>/<router>` whatever else balances). A rank lists only what it owns
+(`parallel/buckets.py`); `checkpoint_format.py` puts ranges together.
 """
 
 import io
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gatewise.moe.model import Decoder, parameter_specs
 from gatewise.parallel.buckets import Bucket
-from gatewise.routers.topk import TopKRouter
+from gatewise.routers.weights import RouterWeights
 from gatewise.training.checkpoint_format import FlatRange
 from gatewise.training.optim import ShardedAdamW
 
@@ -28,7 +28,7 @@ def training_ranges(model: Decoder, optimizer: ShardedAdamW) -> dict[str, FlatRa
     The tensors are views: loading into them changes the optimizer; `optimizer.publish()` must
     follow.
     """
-    ranges = _bias_ranges(model)
+    ranges = _router_ranges(model)
     for index, bucket in enumerate(optimizer.buckets):
         first, second = optimizer.moments(index)
         for prefix, flat in (
@@ -42,7 +42,7 @@ def training_ranges(model: Decoder, optimizer: ShardedAdamW) -> dict[str, FlatRa
 
 def model_ranges(model: Decoder) -> dict[str, FlatRange]:
     """List the weights and biases of a model without an optimizer; its parameters are fp32."""
-    ranges = _bias_ranges(model)
+    ranges = _router_ranges(model)
     for spec in parameter_specs(model):
         ranges[f"model/{spec.name}"] = FlatRange(
             data=spec.local(), start=spec.start, shape=spec.shape
@@ -105,9 +105,10 @@ def _owned(bucket: Bucket, flat: Tensor, prefix: str) -> dict[str, FlatRange]:
     return ranges
 
 
-def _bias_ranges(model: Decoder) -> dict[str, FlatRange]:
+def _router_ranges(model: Decoder) -> dict[str, FlatRange]:
     return {
-        f"bias/{name}": FlatRange.whole(module.bias_E)
+        f"{kind}/{name}": FlatRange.whole(tensor)
         for name, module in model.named_modules()
-        if isinstance(module, TopKRouter)
+        if isinstance(module, RouterWeights)
+        for kind, tensor in module.state().items()
     }

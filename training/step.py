@@ -18,10 +18,9 @@ from torch.profiler import record_function
 from gatewise.moe.model import Decoder, DecoderOutput
 from gatewise.parallel.dims import Groups
 from gatewise.parallel.reducer import GradientReducer, gradient_squares
-from gatewise.routers.api import NoiseKey, Routing, RoutingContext
-from gatewise.routers.balance import global_balance_loss, update_bias_
-from gatewise.routers.config import BalanceScope, RouterConfig
-from gatewise.routers.topk import TopKRouter
+from gatewise.routers.api import Demand, NoiseKey, Routing, RoutingContext
+from gatewise.routers.balance import global_balance_loss
+from gatewise.routers.router import ComposedRouter
 from gatewise.training.health import HealthMeter
 from gatewise.training.optim import ShardedAdamW
 
@@ -58,7 +57,6 @@ def train_step(
     optimizer: ShardedAdamW,
     micro_batches: Sequence[Tensor],
     *,
-    router: RouterConfig,
     groups: Groups,
     meter: HealthMeter,
     noise: Sequence[NoiseKey],
@@ -74,7 +72,6 @@ def train_step(
         reducer: of the model's buckets.
         optimizer: of the same buckets.
         micro_batches: this rank's token ids, each (B, S + 1), all of one shape.
-        router: its losses and bias.
         groups: of this rank.
         meter: gets every routing.
         noise: one key per micro-batch.
@@ -84,7 +81,8 @@ def train_step(
         measure: whether the meter shall look at the gradients; equal on all ranks.
     """
     share = 1.0 / len(micro_batches)
-    balance = _GlobalBalance(router, groups)
+    routers = model.routers()
+    balance = _GlobalBalance(routers, groups)
     loss = torch.zeros((), device=micro_batches[0].device)
     extra: dict[str, Tensor] = {}
     for index, (token_BS, key) in enumerate(zip(micro_batches, noise, strict=True)):
@@ -114,50 +112,65 @@ def train_step(
     with record_function("step.update"):
         optimizer.step(lr, scale=scale, skip=skipped)
     reducer.clear()
-    if router.bias_rate and balance.count_LE is not None:
-        _update_biases(model, balance.count_LE, rate=router.bias_rate, finite=finite)
+    demand = balance.demand()
+    if demand is not None:
+        _after_step(routers, demand, finite)
     return StepResult(loss, extra, norms, skipped, asked)
 
 
 class _GlobalBalance:
     """Counts over ranks and micro-batches of one optimizer step, one collective a micro-batch."""
 
-    def __init__(self, router: RouterConfig, groups: Groups) -> None:
-        self._coefficient = (
-            router.balance_loss if router.balance_scope is BalanceScope.global_batch else 0.0
-        )
-        self._needed = bool(self._coefficient or router.bias_rate)
+    def __init__(self, routers: Sequence[ComposedRouter], groups: Groups) -> None:
+        # routers of one model have the same settings, and a steered weight the same value
+        self._weight = routers[0].global_loss_weight if routers else 0.0
+        self._has_loss = isinstance(self._weight, Tensor) or self._weight > 0
+        self._moves = any(router.moves for router in routers)
+        self._top_k = routers[0].top_k if routers else 0
         self._groups = groups
-        self.count_LE: Tensor | None = None
+        self._count_LE: Tensor | None = None
+        self._margin_LEM: Tensor | None = None
         self._tokens = torch.zeros(())
 
     def add(self, routings: Sequence[Routing]) -> dict[str, Tensor]:
         """Count a micro-batch; return its part of the global-batch loss, if there is one."""
-        if not self._needed:
+        if not (self._has_loss or self._moves):
             return {}
-        loads = [routing.load for routing in routings]
-        count_LE = torch.stack([load.count_E for load in loads if load is not None])
+        loads = [routing.load for routing in routings if routing.load is not None]
+        count_LE = torch.stack([load.count_E for load in loads])
         first = loads[0]
-        assert first is not None
+        if first.margin_EM is not None:
+            margin_LEM = torch.stack([m for load in loads if (m := load.margin_EM) is not None])
+            before = self._margin_LEM
+            self._margin_LEM = margin_LEM if before is None else before + margin_LEM
         packed = torch.cat((count_LE.flatten(), first.tokens.view(1)))
         if self._groups.control.handle is not None:
             dist.all_reduce(packed, group=self._groups.control.handle)
         batch_tokens = packed[-1]
-        if self.count_LE is None:
-            self.count_LE, self._tokens = torch.zeros_like(count_LE), torch.zeros_like(batch_tokens)
-        self.count_LE = self.count_LE + packed[:-1].view_as(count_LE)
+        if self._count_LE is None:
+            self._count_LE = torch.zeros_like(count_LE)
+            self._tokens = torch.zeros_like(batch_tokens)
+        self._count_LE = self._count_LE + packed[:-1].view_as(count_LE)
         self._tokens = self._tokens + batch_tokens
-        if not self._coefficient:
+        if not self._has_loss:
             return {}
         # scores are this micro-batch's, counts all of the step's so far: rescale them alike
         loss = global_balance_loss(
-            torch.stack([load.score_E for load in loads if load is not None]),
-            self.count_LE * (batch_tokens / self._tokens),
+            torch.stack([load.score_E for load in loads]),
+            self._count_LE * (batch_tokens / self._tokens),
             tokens=batch_tokens,
-            top_k=routings[0].expert_TK.shape[1],
+            top_k=self._top_k,
             ranks=self._groups.ranks,
         )
-        return {"balance": self._coefficient * loss}
+        return {"balance": self._weight * loss}
+
+    def demand(self) -> Demand | None:
+        """Return what the step demanded over all ranks; None where no router asks."""
+        if not self._moves or self._count_LE is None:
+            return None
+        if self._margin_LEM is not None and self._groups.control.handle is not None:
+            dist.all_reduce(self._margin_LEM, group=self._groups.control.handle)
+        return Demand(self._count_LE, self._tokens, self._margin_LEM)
 
 
 def _sum_losses(routings: Sequence[Routing]) -> dict[str, Tensor]:
@@ -191,9 +204,10 @@ def _reduce_scalars(
     return means[1], means[0], dict(zip(extra, means[2:], strict=True)), norms
 
 
-def _update_biases(model: Decoder, count_LE: Tensor, *, rate: float, finite: Tensor) -> None:
-    for layer, count_E in zip(model.moe_layers(), count_LE, strict=True):
-        if isinstance(layer.router, TopKRouter):
-            before_E = layer.router.bias_E.clone()
-            update_bias_(layer.router.bias_E, count_E, rate=rate)
-            layer.router.bias_E.copy_(torch.where(finite, layer.router.bias_E, before_E))
+def _after_step(routers: Sequence[ComposedRouter], demand: Demand, finite: Tensor) -> None:
+    """Let the routers move their balance state, and put it back where the step was skipped."""
+    for router in routers:
+        before = {name: tensor.clone() for name, tensor in router.state().items()}
+        router.after_step(demand)
+        for name, tensor in router.state().items():
+            tensor.copy_(torch.where(finite, tensor, before[name]))

@@ -118,7 +118,7 @@ class Trainer:
             seed=config.seed,
         )
         self.model.recompute = config.recompute
-        self.counts = count_parameters(config.model, vocab_size)
+        self.counts = count_parameters(config.model, vocab_size, config.router)
         buckets = make_buckets(parameter_specs(self.model), groups)
         self.reducer = GradientReducer(buckets, ranks=runtime.world)
         apex_adam = load_apex_adam(runtime.device)
@@ -217,7 +217,6 @@ class Trainer:
             self.reducer,
             self.optimizer,
             micro_batches,
-            router=config.router,
             groups=self.runtime.groups,
             meter=self.meter,
             noise=noise,

@@ -20,7 +20,7 @@ from gatewise.parallel.dims import Groups, make_groups
 from gatewise.parallel.schedule.plan import staged_plan
 from gatewise.routers.api import RoutingContext
 from gatewise.routers.config import BalanceScope, RouterConfig
-from gatewise.routers.topk import TopKRouter
+from gatewise.routers.router import ComposedRouter
 from ranks import run_ranks
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 8, 6, 8, 2
@@ -46,7 +46,7 @@ def schedules() -> Iterator[tuple[str, Schedule]]:
 def whole_layer() -> MoELayer:
     torch.manual_seed(3)
     layer = MoELayer(
-        TopKRouter(HIDDEN, EXPERTS, TOP_K, RouterConfig()),
+        ComposedRouter(HIDDEN, EXPERTS, TOP_K, RouterConfig()),
         GroupedExperts(EXPERTS, HIDDEN, WIDTH, Activation.swiglu),
         LocalDispatcher(EXPERTS),
     )
@@ -196,7 +196,7 @@ def _bias_follows_all_ranks(rank: int, world: int) -> None:
     whole(x)
     layer(x[:0] if rank == 0 else x)  # one rank has no token
     for each in (layer, whole):
-        each.update_bias()
+        each.update_router()
     assert whole.router.bias_E.any()  # type: ignore[attr-defined]
     assert torch.equal(layer.router.bias_E, whole.router.bias_E)  # type: ignore[attr-defined]
 

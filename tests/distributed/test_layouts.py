@@ -171,7 +171,6 @@ def _one_step(
         trainer.reducer,
         trainer.optimizer,
         micro_batches,
-        router=config.router,
         groups=trainer.runtime.groups,
         meter=trainer.meter,
         noise=noise,

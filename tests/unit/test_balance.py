@@ -17,7 +17,7 @@ from gatewise.routers.balance import (
     z_loss,
 )
 from gatewise.routers.config import RouterConfig, ScoreFunction
-from gatewise.routers.topk import TopKRouter
+from gatewise.routers.router import ComposedRouter
 
 
 def draw(num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ def test_sequence_and_micro_batch_scope_agree_for_one_sequence() -> None:
     for scope in ("sequence", "micro_batch"):
         torch.manual_seed(1)
         config = RouterConfig(balance_scope=type(RouterConfig().balance_scope)(scope))
-        routing, _ = TopKRouter(8, 6, 2, config)(x_TD, RoutingContext(sequences=1), 0)
+        routing, _ = ComposedRouter(8, 6, 2, config)(x_TD, RoutingContext(sequences=1), 0)
         losses.append(routing.losses["balance"])
     assert torch.equal(losses[0], losses[1])
 
@@ -194,13 +194,13 @@ def test_the_bias_alone_balances_the_toy_population(rate: float, steps: int) -> 
     generator = torch.Generator().manual_seed(0)
     mean_E = torch.randn(num_experts, generator=generator)
     config = RouterConfig(score=ScoreFunction.sigmoid, bias_rate=rate, balance_loss=0.0, z_loss=0.0)
-    router = TopKRouter(num_experts, num_experts, top_k, config).eval()
+    router = ComposedRouter(num_experts, num_experts, top_k, config).eval()
     with torch.no_grad():
         router.weight.copy_(torch.eye(num_experts))
     violations = []
     for _ in range(steps):
         x_TD = mean_E + torch.randn(num_tokens, num_experts, generator=generator)
-        expert_TK = router._select(x_TD.sigmoid())
+        expert_TK, _ = router._select(x_TD.sigmoid(), x_TD, RoutingContext(), 0)
         count_E = count_per_expert(expert_TK, num_experts)
         violations.append(float(max_violation(count_E)))
         update_bias_(router.bias_E, count_E, rate=rate)

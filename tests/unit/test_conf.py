@@ -17,7 +17,8 @@ from gatewise.conf.compose import (
 from gatewise.conf.fields import field_table
 from gatewise.moe.config import ModelConfig
 from gatewise.parallel.errors import ConfigError
-from gatewise.routers.config import PRESETS, BalanceScope, preset
+from gatewise.routers.config import BalanceScope
+from gatewise.routers.presets import PRESETS, preset
 from gatewise.training.config import Precision, RunConfig, TrainConfig
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -22,7 +22,7 @@ from gatewise.parallel.schedule.plan import staged_plan
 from gatewise.routers.api import RoutingContext
 from gatewise.routers.balance import max_violation
 from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction
-from gatewise.routers.topk import TopKRouter
+from gatewise.routers.router import ComposedRouter
 
 HIDDEN, WIDTH = 12, 8
 SIZES = [(1, 1), (2, 1), (2, 2), (5, 3), (5, 5), (8, 1), (8, 2), (8, 5), (8, 8)]
@@ -53,7 +53,7 @@ def make_layer(
 ) -> MoELayer:
     torch.manual_seed(num_experts * 100 + top_k)
     layer = MoELayer(
-        TopKRouter(HIDDEN, num_experts, top_k, RouterConfig()),
+        ComposedRouter(HIDDEN, num_experts, top_k, RouterConfig()),
         GroupedExperts(num_experts, HIDDEN, WIDTH, activation),
         LocalDispatcher(num_experts),
         shared=FeedForward(HIDDEN, 2 * WIDTH, activation) if shared else None,
@@ -77,7 +77,7 @@ def run_slowly(layer: MoELayer, x_TD: Tensor, mix_TD: Tensor) -> dict[str, Tenso
     x_TD = x_TD.double().clone().requires_grad_()
     copies = {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters()}
     router = layer.router
-    assert isinstance(router, TopKRouter)
+    assert isinstance(router, ComposedRouter)
     y_TD = slow_moe(
         x_TD,
         copies["router.weight"],
@@ -350,17 +350,17 @@ def test_the_public_layers_bias_balances_when_it_is_updated() -> None:
     for _ in range(40):
         for part in x.split(250):
             layer(part)
-        layer.update_bias()
+        layer.update_router()
     assert before > 0.5
     assert violation() < 0.5 * before
     trained_E = bias_E.clone()
     layer.eval()
     layer(x)
-    layer.update_bias()  # calls in evaluation do not count
+    layer.update_router()  # calls in evaluation do not count
     assert torch.equal(bias_E, trained_E)
     plain = MoE(HIDDEN, WIDTH, 4)
     plain(x)
-    plain.update_bias()
+    plain.update_router()
     assert not plain.router.bias_E.any()  # type: ignore[attr-defined]
 
 

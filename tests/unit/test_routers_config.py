@@ -6,7 +6,8 @@ from importlib.resources import files
 import pytest
 import yaml
 
-from gatewise.routers.config import PRESETS, BalanceScope, RouterConfig, ScoreFunction, preset
+from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction
+from gatewise.routers.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize(

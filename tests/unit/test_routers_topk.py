@@ -8,25 +8,27 @@ import torch
 from torch import Tensor
 
 from gatewise.routers.api import NoiseKey, Routing, RoutingContext
-from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction, preset
-from gatewise.routers.topk import TopKRouter, limit_to_groups, stable_topk
+from gatewise.routers.choice import limit_to_groups, stable_topk
+from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction
+from gatewise.routers.presets import preset
+from gatewise.routers.router import ComposedRouter
 
 HIDDEN = 16
 
 
 def make_router(
     num_experts: int, top_k: int, *, hidden: int = HIDDEN, **settings: object
-) -> TopKRouter:
-    router = TopKRouter(hidden, num_experts, top_k, RouterConfig(**settings))  # type: ignore[arg-type]
+) -> ComposedRouter:
+    router = ComposedRouter(hidden, num_experts, top_k, RouterConfig(**settings))  # type: ignore[arg-type]
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
     return router
 
 
-def route(router: TopKRouter, x_TD: Tensor, **context: object) -> Routing:
+def route(router: ComposedRouter, x_TD: Tensor, **context: object) -> Routing:
     return router(x_TD, RoutingContext(**context), 0)[0]  # type: ignore[arg-type]
 
 
-def logits_router(num_experts: int, top_k: int, **settings: object) -> TopKRouter:
+def logits_router(num_experts: int, top_k: int, **settings: object) -> ComposedRouter:
     """Return a router whose logits are its input."""
     router = make_router(num_experts, top_k, hidden=num_experts, **settings)
     with torch.no_grad():
@@ -204,7 +206,7 @@ def test_a_row_of_nan_changes_no_other_row_and_chooses_experts_in_range() -> Non
         assert routing.load.count_E.sum() == 30
 
 
-@pytest.mark.parametrize("score", list(ScoreFunction))
+@pytest.mark.parametrize("score", [s for s in ScoreFunction if s is not ScoreFunction.relu])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
 def test_infinite_logits_choose_different_experts_in_range(
     score: ScoreFunction, value: float
@@ -214,11 +216,11 @@ def test_infinite_logits_choose_different_experts_in_range(
     logits_TE[1, 2] = value
     logits_TE[2] = value
     with torch.no_grad():  # inf * 0 would be NaN: give the logits themselves
-        router._logits = lambda *_: logits_TE  # type: ignore[method-assign]
+        router._logits = lambda _, context: (logits_TE, context)  # type: ignore[method-assign]
         expert_TK = route(router, logits_TE).expert_TK
     assert 0 <= int(expert_TK.min()) <= int(expert_TK.max()) < 6
     assert (expert_TK[:, 0] != expert_TK[:, 1]).all()
-    if score is ScoreFunction.sigmoid or value < 0:  # softmax of one +inf is a row of NaN
+    if score is not ScoreFunction.softmax or value < 0:  # softmax of one +inf is a row of NaN
         assert (2 in expert_TK[1].tolist()) == (value > 0)
 
 
@@ -353,6 +355,6 @@ def test_noise_follows_the_sample_and_not_the_batch() -> None:
 
 
 def test_the_balancing_preset_is_deepseeks() -> None:
-    routing = route(TopKRouter(HIDDEN, 8, 2, preset("deepseek_v3")), tokens(16), sequences=4)
+    routing = route(ComposedRouter(HIDDEN, 8, 2, preset("deepseek_v3")), tokens(16), sequences=4)
     assert set(routing.losses) == {"balance"}
     torch.testing.assert_close(routing.weight_TK.sum(1), torch.full((16,), 2.5))
