@@ -73,6 +73,8 @@ class Schedule:
     def __post_init__(self) -> None:
         self.forward.check(FORWARD)
         self.backward.check(BACKWARD)
+        if self.forward.shares or self.backward.shares:
+            raise ValueError("this layer cuts the tokens evenly; give it plans without shares")
         if self.forward.chunks != self.backward.chunks:
             raise ValueError(
                 f"forward plan has {self.forward.chunks} chunks, backward plan "

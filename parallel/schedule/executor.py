@@ -27,26 +27,26 @@ def run_plan(graph: StageGraph, plan: Plan, run: Callable[[Task], Handle | None]
     """Run every task of `plan` once.
 
     Before each computation, all communication whose inputs exist is issued; before any task, the
-    communication that it needs is waited for.
+    communication that it needs is waited for. Communication that stands in the compute lane is
+    waited for at once.
 
     Args:
-        graph: the stages and what each needs (of the same chunk).
+        graph: the stages and what each needs.
         plan: the order in each lane.
         run: does a task's work; returns a handle where the work goes on in the background.
 
     Raises:
         ValueError: if the plan's lane orders contradict the dependencies.
     """
-    after = {stage.name: stage.after for stage in graph.stages}
+    needs = {task: graph.needs(task, plan.chunks) for task in graph.tasks(plan.chunks)}
     queues = {lane: list(reversed(tasks)) for lane, tasks in plan.lanes.items()}
     issued: dict[Task, Handle | None] = {}
 
     def ready(task: Task) -> bool:
-        return all(Task(name, task.chunk) in issued for name in after[task.stage])
+        return all(needed in issued for needed in needs[task])
 
     def issue(task: Task) -> None:
-        for name in after[task.stage]:
-            needed = Task(name, task.chunk)
+        for needed in needs[task]:
             handle = issued[needed]
             if handle is not None:
                 handle.wait()
@@ -62,7 +62,12 @@ def run_plan(graph: StageGraph, plan: Plan, run: Callable[[Task], Handle | None]
                 progress = True
         compute = queues.get("compute", [])
         if compute and ready(compute[-1]):
-            issue(compute.pop())
+            task = compute.pop()
+            issue(task)
+            blocking = issued[task]
+            if blocking is not None:
+                blocking.wait()
+                issued[task] = None
             progress = True
         if not progress:
             heads = [str(queue[-1]) for queue in queues.values() if queue]

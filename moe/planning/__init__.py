@@ -1,0 +1,1 @@
+"""Planning and predicting MoE training steps; read `shapes.py`, `block.py`, `policies.py`."""
