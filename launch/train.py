@@ -217,12 +217,27 @@ def _prepare(config: TrainConfig, folder: RunFolder) -> Path:
     with tell_user():
         data = prepare_data(config.data)
         print(f"  text: {len(data.train):,} tokens, {len(data.validation):,} of validation")
+        _check_vocabulary(config, data.tokenizer.vocab_size)
         check_resume(config, folder.path, data)
     folder.write_config(config_to_yaml(config))
     folder.write_environment([Path(sys.argv[0]).name, *sys.argv[1:]])
     with writable(folder.path):
         data.tokenizer.save(folder.path / "tokenizer.json")
     return data.folder
+
+
+def _check_vocabulary(config: TrainConfig, vocab_size: int) -> None:
+    """Refuse a table of experts that was made for other token ids, before ranks start."""
+    if config.router.hash_table is None or not config.router.uses_hash:
+        return
+    from gatewise.routers.hashing import read_table
+
+    try:
+        read_table(
+            config.router.hash_table, vocab_size, config.model.num_experts, config.model.top_k
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _start(config: TrainConfig, folder: RunFolder) -> Mapping[str, Any]:

@@ -220,6 +220,11 @@ class RouterConfig:
                 "tokens; set router.balance_scope to micro_batch or sequence",
             ),
             (
+                self.first_choice_loss and not scopes_local,
+                "router.first_choice_loss is on but router.balance_scope is global_batch, which "
+                "counts all choices; use micro_batch or sequence",
+            ),
+            (
                 self.load_loss > 0 and not self.learned_noise,
                 f"router.load_loss is {self.load_loss} but router.learned_noise is off; the "
                 "smooth load is defined by that noise",
