@@ -21,6 +21,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": ("gatewise.launch.train", "train a model, or go on with a run that was stopped"),
     "evaluate": ("gatewise.launch.evaluate", "measure a checkpoint on validation text"),
+    "analyze": ("gatewise.launch.analyze", "measure what a checkpoint's routers do"),
     "generate": ("gatewise.launch.generate", "continue a prompt with a checkpoint"),
     "bench": ("gatewise.launch.bench", "measure this machine: `bench layer`, `bench step`"),
     "doctor": ("gatewise.launch.doctor", "show what is installed, what is missing, how to get it"),

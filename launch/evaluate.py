@@ -65,20 +65,13 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _evaluate(stored: "Stored", folder: Path) -> Mapping[str, Any]:
-    from gatewise.launch.restore import restore_model, restore_tokenizer
+    from gatewise.launch.restore import restore_data, restore_model
     from gatewise.parallel.config import ParallelConfig
     from gatewise.parallel.runtime import running
-    from gatewise.training.data import prepare_data
     from gatewise.training.evaluate import evaluate
 
     config = stored.config
-    tokenizer = restore_tokenizer(stored)
-    data = prepare_data(config.data)
-    if data.tokenizer.fingerprint != tokenizer.fingerprint:
-        # another text would train another BPE: tokenise it with the checkpoint's
-        tokenizer.save(folder / "tokenizer.json")
-        path = str(folder / "tokenizer.json")
-        data = prepare_data(replace(config.data, tokenizer_path=path))
+    data = restore_data(stored, folder)
     with running(ParallelConfig()) as runtime:
         evaluation = evaluate(
             restore_model(stored, device=runtime.device),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_resume",
     "locate_checkpoint",
     "open_checkpoint",
+    "restore_data",
     "restore_model",
     "restore_tokenizer",
 ]
@@ -108,6 +109,27 @@ def restore_tokenizer(stored: Stored) -> TextTokenizer:
             f"put the run's tokenizer.json to {beside}"
         )
     return tokenizer
+
+
+def restore_data(stored: Stored, folder: Path) -> PreparedData:
+    """Return the text that the settings name, in the checkpoint's tokens.
+
+    Args:
+        stored: the checkpoint; `stored.config.data` may name another text than it was trained on.
+        folder: of the command; gets the tokenizer where the text alone would lead to another.
+
+    Raises:
+        CheckpointError: as `restore_tokenizer`.
+        ConfigError, DataError: as `prepare_data`.
+    """
+    tokenizer = restore_tokenizer(stored)
+    data = prepare_data(stored.config.data)
+    if data.tokenizer.fingerprint == tokenizer.fingerprint:
+        return data
+    # another text would train another BPE: tokenise it with the checkpoint's
+    tokenizer.save(folder / "tokenizer.json")
+    path = str(folder / "tokenizer.json")
+    return prepare_data(replace(stored.config.data, tokenizer_path=path))
 
 
 def restore_model(stored: Stored, *, device: torch.device) -> Decoder:

@@ -23,6 +23,7 @@ from gatewise.routers.choice import (
 )
 from gatewise.routers.config import BalanceScope, BiasRule, RouterConfig, Scorer, Selector
 from gatewise.routers.hashing import expert_table, look_up
+from gatewise.routers.health import health_sums
 from gatewise.routers.quantile import BINS, balancing_bias, margin_histogram
 from gatewise.routers.recurrent import RecurrentCell, recurrent_logits
 from gatewise.routers.scorers import cosine_logits, mlp_logits, scores, shares, sparsity_logits
@@ -241,7 +242,9 @@ class ComposedRouter(RouterWeights):
                     clean_TE, logits_TE, noise_TE, expert_TK, weight_TK, context
                 )
             load = self._load(logits_TE, balanced_TE, expert_TK, context.padding_T, variable)
-            health = _health(share_TE, context.padding_T)
+            health = health_sums(
+                logits_TE, share_TE, expert_TK, weight_TK, padding_T=context.padding_T
+            )
         routing = Routing(expert_TK, weight_TK, logits_TE, parts, load, health, variable)
         return routing, context
 
@@ -492,7 +495,9 @@ class ComposedRouter(RouterWeights):
             logits_TS,
             {},
             load,
-            _health(share_TE, context.padding_T),
+            health_sums(
+                logits_TS, share_TE, nothing_T0.long(), nothing_T0, padding_T=context.padding_T
+            ),
             slots=mix,
         )
 
@@ -503,14 +508,3 @@ def _uniform(like: Tensor, context: RoutingContext, layer: int, stream: int) -> 
     if context.noise is None:
         return torch.rand(shape, device=like.device)
     return context.noise.uniform(shape, layer=layer, device=like.device, stream=stream)
-
-
-def _health(share_TE: Tensor, padding_T: Tensor | None) -> dict[str, Tensor]:
-    """Return sums over tokens of the best score and the entropy, for means over many steps."""
-    share_TE = share_TE.detach()
-    if padding_T is not None:
-        share_TE = torch.where(padding_T.unsqueeze(1), 0.0, share_TE)
-    return {
-        "confidence": share_TE.amax(-1).sum().float(),
-        "entropy": torch.special.entr(share_TE).sum().float(),
-    }

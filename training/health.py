@@ -15,11 +15,20 @@ from gatewise.parallel.collectives import Group
 from gatewise.parallel.reducer import GradientReducer
 from gatewise.routers.api import Routing
 from gatewise.routers.balance import max_violation
+from gatewise.training.measures.load import (
+    dead_share,
+    drop_ratio,
+    effective_k,
+    load_cv,
+    load_entropy,
+)
 
-__all__ = ["HealthMeter", "expert_squares", "summarise"]
+__all__ = ["SUMS", "HealthMeter", "expert_squares", "summarise"]
 
-# rows of the per-layer sums
-_SUMS = ("confidence", "entropy", "dropped", "tokens")
+# rows of the per-layer sums: what routers report, tokens
+SUMS = ("confidence", "entropy", "inner", "outer", "weight", "logsumexp", "dropped", "tokens")
+# values of which the largest layer's stands for all; of the others the mean
+_WORST = ("max_violation", "cv", "dead_frac", "router_max_logit")
 
 
 class HealthMeter:
@@ -28,14 +37,14 @@ class HealthMeter:
     Args:
         layers: L; 0 for a dense model.
         num_experts: E.
-        top_k: experts per token.
         device: where sums are kept.
     """
 
-    def __init__(self, layers: int, num_experts: int, top_k: int, device: torch.device) -> None:
-        self._layers, self._num_experts, self._top_k = layers, num_experts, top_k
+    def __init__(self, layers: int, num_experts: int, device: torch.device) -> None:
+        self._layers, self._num_experts = layers, num_experts
         self._count_LE = torch.zeros(layers, num_experts, dtype=torch.float64, device=device)
-        self._sums = torch.zeros(len(_SUMS), layers, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(SUMS), layers, dtype=torch.float64, device=device)
+        self._largest_L = torch.zeros(layers, dtype=torch.float64, device=device)
         self._norm_squares = torch.zeros(layers * num_experts, dtype=torch.float64, device=device)
 
     def add(self, routings: Sequence[Routing]) -> None:
@@ -43,15 +52,23 @@ class HealthMeter:
         for index, routing in enumerate(routings):
             assert routing.load is not None
             self._count_LE[index] += routing.load.count_E
-            for row, name in enumerate(_SUMS):
+            for row, name in enumerate(SUMS):
                 value = routing.load.tokens if name == "tokens" else routing.health.get(name)
                 if value is not None:
                     # a step with NaN is skipped, and shall not spoil the whole window
                     self._sums[row, index] += torch.nan_to_num(value)
+            largest = routing.health.get("largest_logit")
+            if largest is not None:
+                largest = torch.nan_to_num(largest).to(self._largest_L.dtype)
+                self._largest_L[index] = torch.maximum(self._largest_L[index], largest)
 
     def sums(self) -> dict[str, Tensor]:
         """Return this rank's sums since the last `drain`; views, to be copied or loaded into."""
-        return {"count_LE": self._count_LE, "sums": self._sums}
+        return {
+            "count_LE": self._count_LE,
+            "sums": self._sums,
+            "largest_logit_L": self._largest_L,
+        }
 
     def measure_gradients(self, reducer: GradientReducer) -> None:
         """Take the norms of single experts from a step's reduced gradients."""
@@ -67,21 +84,34 @@ class HealthMeter:
         """
         if not self._layers:
             return {}
-        packed = torch.cat((self._count_LE.flatten(), self._sums.flatten(), self._norm_squares))
+        # a sum over ranks carries each rank's maxima too, in a row of its own
+        largest_RL = self._largest_L.new_zeros(control.size, self._layers)
+        largest_RL[control.rank] = self._largest_L
+        packed = torch.cat(
+            (
+                self._count_LE.flatten(),
+                self._sums.flatten(),
+                self._norm_squares,
+                largest_RL.flatten(),
+            )
+        )
         if control.handle is not None:
             dist.all_reduce(packed, group=control.handle)
         cut = self._layers * self._num_experts
-        counts, sums, squares = packed.split((cut, self._sums.numel(), cut))
+        counts, sums, squares, largest = packed.split(
+            (cut, self._sums.numel(), cut, largest_RL.numel())
+        )
         values = summarise(
             counts.view(self._layers, self._num_experts),
-            sums.view(len(_SUMS), self._layers),
-            top_k=self._top_k,
+            sums.view(len(SUMS), self._layers),
+            largest.view_as(largest_RL).amax(0),
         )
         norms = squares.sqrt().sort().values
         for name, place in (("min", 0), ("median", norms.numel() // 2), ("max", -1)):
             values[f"grad/expert_norm_{name}"] = float(norms[place])
         self._count_LE.zero_()
         self._sums.zero_()
+        self._largest_L.zero_()
         return values
 
 
@@ -113,32 +143,43 @@ def expert_squares(buckets: Sequence[Bucket], num_experts: int) -> Tensor:
     return torch.stack([rows[name] for name in sorted(rows)])
 
 
-def summarise(count_LE: Tensor, sums: Tensor, *, top_k: int) -> dict[str, float]:
+def summarise(count_LE: Tensor, sums: Tensor, largest_L: Tensor) -> dict[str, float]:
     """Turn sums over a window into named values.
 
     `max_violation` is max/mean - 1 of the demand (0 is balance), `cv` its standard deviation over
     its mean, `load_entropy` its entropy over ln E (1 is balance), `dead_frac` the share of experts
-    that nobody chose, `drop_frac` the share of pairs dropped, `router_entropy` the mean entropy of
-    a token's scores in nats, `router_confidence` the mean best score.
+    that nobody chose, `drop_frac` the share of pairs dropped, `effective_k` the pairs a token kept.
+    Of a token's scores: `router_entropy` in nats, `router_confidence` the best,
+    `router_inner_balance` the geometric mean of best over second, `router_outer_balance` the share
+    of the chosen, `router_weight_sum` the sum of the combine weights, `router_logsumexp` of the
+    logits; means over tokens. `router_max_logit` is the largest |logit|.
+
+    Args:
+        count_LE: demand.
+        sums: (rows as `SUMS`, L).
+        largest_L: the largest |logit| of each layer.
     """
-    confidence_L, entropy_L, dropped_L, tokens_L = sums
-    tokens_L = tokens_L.clamp(min=1)
-    share_LE = count_LE / count_LE.sum(-1, keepdim=True).clamp(min=1)
-    mean_L1 = count_LE.mean(-1, keepdim=True).clamp(min=1e-9)
+    sum_L = dict(zip(SUMS, sums, strict=True))
+    tokens_L, pairs_L = sum_L["tokens"], count_LE.sum(-1)
+    mean_L = {name: value / tokens_L.clamp(min=1) for name, value in sum_L.items()}
     per_layer = {
         "max_violation": max_violation(count_LE),
-        "cv": (count_LE / mean_L1).std(-1, correction=0),
-        "load_entropy": torch.special.entr(share_LE).sum(-1)
-        / max(torch.tensor(count_LE.shape[-1]).log().item(), 1e-9),
-        "dead_frac": (count_LE == 0).double().mean(-1),
-        "drop_frac": dropped_L / (tokens_L * top_k),
-        "router_entropy": entropy_L / tokens_L,
-        "router_confidence": confidence_L / tokens_L,
+        "cv": load_cv(count_LE),
+        "load_entropy": load_entropy(count_LE),
+        "dead_frac": dead_share(count_LE),
+        "drop_frac": drop_ratio(sum_L["dropped"], pairs_L),
+        "effective_k": effective_k(pairs_L, sum_L["dropped"], tokens_L),
+        "router_entropy": mean_L["entropy"],
+        "router_confidence": mean_L["confidence"],
+        "router_inner_balance": mean_L["inner"].exp(),
+        "router_outer_balance": mean_L["outer"],
+        "router_weight_sum": mean_L["weight"],
+        "router_logsumexp": mean_L["logsumexp"],
+        "router_max_logit": largest_L,
     }
-    table = torch.stack(list(per_layer.values())).tolist()
+    table = torch.stack([value.double() for value in per_layer.values()]).tolist()
     values: dict[str, float] = {}
     for name, row in zip(per_layer, table, strict=True):
-        worst = name in ("max_violation", "cv", "dead_frac")
-        values[f"moe/{name}"] = max(row) if worst else sum(row) / len(row)
+        values[f"moe/{name}"] = max(row) if name in _WORST else sum(row) / len(row)
         values |= {f"moe/layer_{i:02d}/{name}": value for i, value in enumerate(row)}
     return values

@@ -129,7 +129,6 @@ class Trainer:
         self.meter = HealthMeter(
             len(self.model.moe_layers()),
             config.model.num_experts,
-            config.model.top_k,
             runtime.device,
         )
         self.checkpoints = RunCheckpoints(config, runtime, data, folder)
@@ -141,8 +140,10 @@ class Trainer:
         self.progress = self.checkpoints.resume(self.model, self.optimizer)
         clock, window = _Clock(), _Clock()
         losses = _Window(self.runtime.device)
+        sums = self._window_sums(losses)
         for name, tensor in self.checkpoints.window.items():
-            self._window_sums(losses)[name].copy_(tensor)
+            if name in sums and sums[name].shape == tensor.shape:  # else of other metrics than ours
+                sums[name].copy_(tensor)
         for sink in self.sinks:
             sink.resume(self.progress.step)
         self.model.train()

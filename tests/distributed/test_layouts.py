@@ -26,7 +26,14 @@ BALANCED = RouterConfig(
     jitter=0.1,
 )
 NORMS = ["train/grad_norm", *(f"grad/{label}_norm" for label in LABELS)]
-HEALTH = ["moe/max_violation", "moe/load_entropy", "moe/router_entropy", "moe/router_confidence"]
+HEALTH = [
+    "moe/max_violation",
+    "moe/load_entropy",
+    "moe/router_entropy",
+    "moe/router_confidence",
+    "moe/router_inner_balance",
+    "moe/router_max_logit",
+]
 EXPERTS = [f"grad/expert_norm_{which}" for which in ("min", "median", "max")]
 
 

@@ -10,7 +10,7 @@ from training_runs import make_text, run, tiny
 
 from gatewise.conf.compose import load_settings, load_train_config, override_config
 from gatewise.conf.fields import field_table
-from gatewise.launch import bench_step, evaluate
+from gatewise.launch import analyze, bench_step, evaluate
 from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.cli import COMMANDS
 from gatewise.launch.doctor import DoctorConfig
@@ -89,15 +89,19 @@ def parse(command: str) -> None:
         own, others = evaluate._split(rest)
         assert "checkpoint" in own, command
         override_config(TrainConfig(run=RunConfig()), others, sections=evaluate._SECTIONS)
+    elif name == "analyze":
+        settings, others = analyze.split_arguments(rest)
+        assert settings.checkpoint is not None, command
+        override_config(TrainConfig(run=RunConfig()), others, sections=(*analyze._SECTIONS, "run"))
     elif name == "bench step":
         load_train_config(bench_step._with_experiment(bench_step._split(rest)[1]))
     else:
-        settings = {
+        schemas = {
             "generate": GenerateConfig,
             "bench layer": LayerBenchConfig,
             "doctor": DoctorConfig,
         }
-        load_settings(settings[name], rest)
+        load_settings(schemas[name], rest)
 
 
 @pages()

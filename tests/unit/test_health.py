@@ -7,7 +7,7 @@ import torch
 
 from gatewise.parallel.collectives import NO_GROUP
 from gatewise.routers.api import Load, Routing
-from gatewise.training.health import HealthMeter, expert_squares, summarise
+from gatewise.training.health import SUMS, HealthMeter, expert_squares, summarise
 
 
 def routing(counts: list[float], tokens: float, **health: float) -> Routing:
@@ -17,19 +17,37 @@ def routing(counts: list[float], tokens: float, **health: float) -> Routing:
     return Routing(empty.long(), empty, load=load, health=values)
 
 
+def rows(layers: int, values: dict[str, list[float]]) -> torch.Tensor:
+    return torch.tensor([values.get(name, [0.0] * layers) for name in SUMS])
+
+
 def test_balanced_load_is_healthy() -> None:
-    values = summarise(torch.full((2, 4), 5.0), torch.zeros(4, 2) + 10.0, top_k=2)
+    sums = rows(2, {name: [10.0, 10.0] for name in SUMS if name != "dropped"})
+    values = summarise(torch.full((2, 4), 5.0), sums, torch.zeros(2))
     assert values["moe/max_violation"] == 0
     assert values["moe/cv"] == 0
     assert values["moe/load_entropy"] == pytest.approx(1.0)
     assert values["moe/dead_frac"] == 0
     assert values["moe/router_entropy"] == 1.0
+    assert values["moe/effective_k"] == 2
 
 
 def test_each_layer_has_its_values_and_the_worst_or_mean_stands_for_all() -> None:
     count_LE = torch.tensor([[5.0, 5, 5, 5], [20, 0, 0, 0]])
-    sums = torch.tensor([[4.0, 10], [2, 6], [0, 4], [10, 10]])  # confidence .. tokens
-    values = summarise(count_LE, sums, top_k=2)
+    sums = rows(
+        2,
+        {
+            "confidence": [4.0, 10],
+            "entropy": [2, 6],
+            "inner": [0, 10 * math.log(3)],
+            "outer": [5, 9],
+            "weight": [10, 25],
+            "logsumexp": [30, -10],
+            "dropped": [0, 4],
+            "tokens": [10, 10],
+        },
+    )
+    values = summarise(count_LE, sums, torch.tensor([7.5, 2.5]))
     assert values["moe/layer_01/max_violation"] == values["moe/max_violation"] == 3
     assert values["moe/layer_00/max_violation"] == 0
     assert values["moe/cv"] == pytest.approx(math.sqrt(3))
@@ -40,16 +58,24 @@ def test_each_layer_has_its_values_and_the_worst_or_mean_stands_for_all() -> Non
     assert values["moe/drop_frac"] == pytest.approx(2 / 20)
     assert values["moe/router_confidence"] == pytest.approx(0.7)
     assert values["moe/layer_01/router_entropy"] == pytest.approx(0.6)
+    assert values["moe/layer_01/effective_k"] == pytest.approx(1.6)
+    assert values["moe/effective_k"] == pytest.approx(1.8)
+    assert values["moe/layer_00/router_inner_balance"] == 1
+    assert values["moe/layer_01/router_inner_balance"] == pytest.approx(3)
+    assert values["moe/router_outer_balance"] == pytest.approx(0.7)
+    assert values["moe/router_weight_sum"] == pytest.approx(1.75)
+    assert values["moe/router_logsumexp"] == pytest.approx(1)
+    assert values["moe/router_max_logit"] == 7.5
 
 
 def test_one_expert_and_no_token_give_finite_values() -> None:
     for count_LE in (torch.zeros(1, 4), torch.full((1, 1), 3.0)):
-        values = summarise(count_LE, torch.zeros(4, 1), top_k=1)
+        values = summarise(count_LE, torch.zeros(len(SUMS), 1), torch.zeros(1))
         assert all(math.isfinite(value) for value in values.values())
 
 
 def test_a_meter_sums_a_window_and_starts_anew() -> None:
-    meter = HealthMeter(1, 2, 1, torch.device("cpu"))
+    meter = HealthMeter(1, 2, torch.device("cpu"))
     meter.add([routing([3.0, 1.0], 4.0, confidence=2.0, entropy=1.0, dropped=1.0)])
     meter.add([routing([1.0, 3.0], 4.0, confidence=6.0, entropy=1.0)])
     values = meter.drain(NO_GROUP)
@@ -62,15 +88,26 @@ def test_a_meter_sums_a_window_and_starts_anew() -> None:
     assert values["moe/router_confidence"] == 0
 
 
+def test_the_largest_logit_of_a_window_is_kept_and_not_summed() -> None:
+    meter = HealthMeter(2, 2, torch.device("cpu"))
+    for size in (3.0, 9.0, 4.0):
+        meter.add([routing([2.0, 2.0], 4.0, largest_logit=size), routing([2.0, 2.0], 4.0)])
+    values = meter.drain(NO_GROUP)
+    assert values["moe/layer_00/router_max_logit"] == values["moe/router_max_logit"] == 9
+    assert values["moe/layer_01/router_max_logit"] == 0
+    meter.add([routing([2.0, 2.0], 4.0, largest_logit=1.0)] * 2)
+    assert meter.drain(NO_GROUP)["moe/router_max_logit"] == 1
+
+
 def test_nan_of_one_step_does_not_spoil_the_window() -> None:
-    meter = HealthMeter(1, 2, 1, torch.device("cpu"))
+    meter = HealthMeter(1, 2, torch.device("cpu"))
     meter.add([routing([2.0, 2.0], 4.0, confidence=math.nan, entropy=math.nan)])
     meter.add([routing([2.0, 2.0], 4.0, confidence=4.0, entropy=2.0)])
     assert meter.drain(NO_GROUP)["moe/router_confidence"] == 0.5
 
 
 def test_a_dense_model_has_no_values() -> None:
-    meter = HealthMeter(0, 0, 2, torch.device("cpu"))
+    meter = HealthMeter(0, 0, torch.device("cpu"))
     meter.add([])
     assert meter.drain(NO_GROUP) == {}
 

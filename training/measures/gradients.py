@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GradientSplit", "gradient_split"]
+from gatewise.moe.model import Decoder, parameter_specs
+from gatewise.routers.balance import global_balance_loss
+from gatewise.routers.router import ComposedRouter
+from gatewise.training.step import language_loss
+
+__all__ = ["GradientSplit", "gradient_split", "router_gradients"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +53,42 @@ def gradient_split(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -
         product = norms[name] * float(first.norm())
         cosines[name] = float(first @ flat) / product if product > 0 else 0.0
     return GradientSplit(norms, cosines)
+
+
+def router_gradients(model: Decoder, input_BS: Tensor, target_BS: Tensor) -> GradientSplit:
+    """Split the gradient of all routers' parameters by loss, on one batch without noise or drops.
+
+    Args:
+        model: with all experts on this rank; put into evaluation mode, and back.
+        input_BS: token ids.
+        target_BS: the tokens that follow.
+
+    Returns:
+        `language` first, then each router loss by its name, weighted as in training and summed
+        over layers; empty where the routers have no parameters.
+    """
+    parameters = [spec.parameter for spec in parameter_specs(model) if spec.label == "router"]
+    if not parameters:
+        return GradientSplit({}, {})
+    was_training = model.training
+    model.eval()
+    with torch.enable_grad():
+        output = model(input_BS)
+        losses = {"language": language_loss(model, output, target_BS) / target_BS.numel()}
+        for layer, routing in zip(model.moe_layers(), output.routings, strict=True):
+            parts = dict(routing.losses)
+            router, load = layer.router, routing.load
+            weight = router.global_loss_weight if isinstance(router, ComposedRouter) else 0.0
+            if load is not None and not (isinstance(weight, float) and weight == 0):
+                parts["balance"] = weight * global_balance_loss(
+                    load.score_E.unsqueeze(0),
+                    load.count_E.unsqueeze(0),
+                    tokens=load.tokens,
+                    top_k=model.config.top_k,
+                    ranks=1,
+                )
+            for name, value in parts.items():
+                losses[name] = losses[name] + value if name in losses else value
+        split = gradient_split(losses, parameters)
+    model.train(was_training)
+    return split
