@@ -1,0 +1,147 @@
+"""The routers' experiment: its statistics on numbers that are known."""
+
+import importlib.util
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gatewise.conf.compose import load_train_config
+
+pytest.importorskip("scipy", reason="the experiment's statistics need scipy")
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "routers.py"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_routers", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_routers"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(bench: ModuleType, arm: str, seed: int, loss: float) -> dict[str, Any]:
+    names = ("entropy", "inner_balance", "outer_balance", "max_violation", "near", "far")
+    return {
+        "arm": arm,
+        "seed": seed,
+        "settings": bench._settings(arm),
+        "val_loss": loss,
+        "parameters": 1000,
+        "router_parameters": 10,
+        "cpu_seconds": 1.0,
+        **dict.fromkeys(names, 0.5),
+    }
+
+
+def test_a_paired_difference_has_the_interval_of_the_table_of_t(bench: ModuleType) -> None:
+    """Five differences -1 .. +3: mean 1, sd sqrt(2.5), t(0.975, 4) = 2.776, t = sqrt(2)."""
+    linear = {seed: 10.0 * seed for seed in range(5)}
+    gru = {seed: loss + seed - 1 for seed, loss in linear.items()}
+    (contrast,) = bench.compare({"gru": gru, "linear_arithmetic": linear})
+    assert (contrast.first, contrast.second, contrast.seeds) == ("gru", "linear_arithmetic", 5)
+    assert contrast.mean == pytest.approx(1)
+    assert contrast.deviation == pytest.approx(math.sqrt(2.5))
+    reach = 2.7764451 * math.sqrt(2.5 / 5)
+    assert (contrast.low, contrast.high) == pytest.approx((1 - reach, 1 + reach))
+    # two-sided p of t = sqrt(2) with 4 degrees: 1 - (x + x^3 / 3) at ... = 0.2302 (tables)
+    assert contrast.p == pytest.approx(0.2302, abs=2e-4)
+    assert contrast.better == 1
+
+
+def test_pairing_removes_what_seeds_share(bench: ModuleType) -> None:
+    generator = random.Random(0)
+    linear = {seed: generator.gauss(2, 0.5) for seed in range(6)}
+    gru = {seed: loss - 0.01 + generator.gauss(0, 0.001) for seed, loss in linear.items()}
+    (contrast,) = bench.compare({"gru": gru, "linear_arithmetic": linear})
+    assert contrast.high < 0
+    assert contrast.p_adjusted < 0.001
+    assert contrast.better == 6
+
+
+def test_only_seeds_of_both_arms_count(bench: ModuleType) -> None:
+    losses = {"gru": {0: 1.0, 1: 2.0, 2: 9.0}, "np": {0: 1.5, 1: 2.0, 3: 0.0}, "bias": {0: 1.0}}
+    (contrast,) = bench.compare(losses)
+    assert contrast.seeds == 2
+    assert contrast.mean == -0.25
+
+
+def test_equal_losses_are_no_difference(bench: ModuleType) -> None:
+    (contrast,) = bench.compare({"gru": {0: 1.0, 1: 2.0}, "np": {0: 1.0, 1: 2.0}})
+    assert (contrast.mean, contrast.low, contrast.high, contrast.p) == (0, 0, 0, 1)
+
+
+def test_holm_multiplies_and_never_falls(bench: ModuleType) -> None:
+    assert bench.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert bench.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert bench.holm([]) == []
+
+
+def test_false_findings_are_rare_among_six_nulls(bench: ModuleType) -> None:
+    """Without any effect, a family of six contrasts has an adjusted p below 0.05 in 5 % at most."""
+    generator = random.Random(1)
+    families, wrong = 400, 0
+    for _ in range(families):
+        losses = {arm: {s: generator.gauss(0, 1) for s in range(5)} for arm in bench.ARMS}
+        wrong += any(contrast.p_adjusted < 0.05 for contrast in bench.compare(losses))
+    assert wrong / families < 0.08
+
+
+def test_the_report_has_every_arm_and_contrast(bench: ModuleType) -> None:
+    records = [
+        record(bench, arm, seed, 2.0 + seed + number / 100)
+        for number, arm in enumerate(bench.ARMS)
+        for seed in range(5)
+    ]
+    stale = {**record(bench, "gru", 7, 99.0), "settings": "other"}
+    found, text = bench.report([*records, stale])
+    json.dumps(found)
+    assert list(found["arms"]) == list(bench.ARMS)
+    assert found["arms"]["gru"]["seeds"] == [0, 1, 2, 3, 4]
+    assert found["arms"]["linear"]["val_loss"] == pytest.approx(4.0)
+    assert len(found["contrasts"]) == len(bench.CONTRASTS) == 6
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(rows) == 2 + len(bench.ARMS) + len(bench.CONTRASTS)
+    assert "| gru - np |" in text
+
+
+def test_recorded_runs_are_not_repeated(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    class Done:
+        returncode = 0
+        stdout = ""
+
+    def fake(command: list[str], **_: object) -> Done:
+        started.append(command[-2:])
+        done = Done()
+        done.stdout = json.dumps(record(bench, command[-2], int(command[-1]), 2.0)) + "\n"
+        return done
+
+    monkeypatch.setattr(bench.subprocess, "run", fake)
+    path = tmp_path / "records.jsonl"
+    bench.run_missing(path, ["linear"], [0, 1])
+    with open(path, "a") as stream:
+        stream.write('{"arm": "lin')  # a kill while writing
+    bench.run_missing(path, ["linear"], [0, 1])
+    assert started == [["linear", "0"], ["linear", "1"]]
+
+
+@pytest.mark.parametrize("pair", [("linear", "linear_parameters"), ("linear", "linear_arithmetic")])
+def test_the_matched_arms_differ_in_the_experts_width_only(
+    bench: ModuleType, pair: tuple[str, str]
+) -> None:
+    one, two = (load_train_config([*bench.COMMON, *bench.ARMS[arm]]) for arm in pair)
+    assert two.model.expert_width > one.model.expert_width
+    two.model.expert_width = one.model.expert_width
+    assert one == two
