@@ -23,13 +23,14 @@ Arms:
     linear_arithmetic  linear, with experts so wide (38) that a token costs as much as with the GRU
     np                 the GRU router without recurrence: same parameters and arithmetic as `gru`
     gru                the GRU router of RMoE, state width 16, the same losses
-    pregate            one causal block on token ids decides for all layers
-    gru_pregate        the GRU over layers on features of layer 0 decides ahead, the same losses
+    pregate            one causal block on token ids (width 64) chooses once for all layers, the
+                       layers' linear routers weigh what it chose and teach it; the same losses
+    gru_pregate        the same with the GRU over layers (state width 16) choosing for each layer
     bias               DeepSeek-V3's: sigmoid scores and a balancing bias, no loss but a small one
 
 Seeds: 0 to 4. A seed fixes the order of the data, alike in all arms, and the starting weights.
 
-Endpoint: loss on the first 131,072 bytes of the validation split after the last step, nats per
+Endpoint: loss on the first 65,536 bytes of the validation split after the last step, nats per
 byte. No early stopping, no choice among checkpoints, nothing tuned on any arm.
 
 Contrasts, each the mean over seeds of the paired difference, below 0 if the first arm is better:
@@ -52,13 +53,14 @@ import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ COMMON = (
     "optim.lr=0.003",
     "optim.warmup=20",
     "optim.weight_decay=0.05",
-    "evaluation.tokens=131072",
+    "evaluation.tokens=65536",
     "evaluation.micro=64",
 )
 PROBE = ("tokens=16384", "history=false")
@@ -102,8 +104,19 @@ ARMS: dict[str, tuple[str, ...]] = {
         *_LOSSES,
     ),
     "gru": ("router=rmoe", "router.state_dim=16", "model.expert_width=32", *_LOSSES),
-    "pregate": ("router=readme_pregate", "model.expert_width=32"),
-    "gru_pregate": ("router=gru_pregate", "model.expert_width=32"),
+    "pregate": (
+        "router=readme_pregate",
+        "router.ahead.width=64",
+        "model.expert_width=32",
+        *_LOSSES,
+    ),
+    "gru_pregate": (
+        "router=gru_pregate",
+        "router.ahead.width=64",
+        "router.ahead.state=16",
+        "model.expert_width=32",
+        *_LOSSES,
+    ),
     "bias": ("router=deepseek_v3", "model.expert_width=32"),
 }
 CONTRASTS = (
@@ -187,21 +200,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def run_missing(output: Path, arms: Sequence[str], seeds: Sequence[int]) -> None:
     """Run what is not recorded, seed by seed, each in a process of its own."""
-    for seed in seeds:
-        for arm in arms:
-            if (arm, seed, _settings(arm)) in _keys(read_records(output)):
-                continue
-            command = [sys.executable, __file__, "one", arm, str(seed)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, text=True, check=False
-            )
-            if done.returncode:
-                raise SystemExit(f"{arm}, seed {seed}: exit code {done.returncode}")
-            with open(output, "a", encoding="utf-8") as stream:
-                stream.write(done.stdout.splitlines()[-1] + "\n")
-            record = json.loads(done.stdout.splitlines()[-1])
-            print(f"{arm} seed {seed}: {record['val_loss']:.4f}, {record['cpu_seconds']:.0f} s")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, before they import torch
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gatewise.training.trainer", "gatewise.launch.analyze"])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for seed in seeds:
+            for arm in arms:
+                if (arm, seed, _settings(arm)) in _keys(read_records(output)):
+                    continue
+                record = pool.submit(run_one, arm, seed).result()
+                _append(output, json.dumps(record))
+                loss, seconds = record["val_loss"], record["cpu_seconds"]
+                print(f"{arm} seed {seed}: {loss:.4f}, {seconds:.0f} s", flush=True)
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line, also behind one that a kill tore."""
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(("\n" if torn else "") + line + "\n")
 
 
 def run_one(arm: str, seed: int) -> dict[str, Any]:
@@ -211,10 +228,10 @@ def run_one(arm: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         where = f"run.dir={folder}/run"
         if gatewise(["train", *COMMON, *ARMS[arm], f"seed={seed}", where]):
-            raise SystemExit(1)
+            raise RuntimeError(f"{arm}, seed {seed}: training failed; its message is above")
         out = f"run.dir={folder}/analysis"
         if gatewise(["analyze", f"checkpoint={folder}/run", *PROBE, out]):
-            raise SystemExit(1)
+            raise RuntimeError(f"{arm}, seed {seed}: analysis failed; its message is above")
         trained = json.loads(Path(folder, "run", "result.json").read_text(encoding="utf-8"))
         looked = json.loads(Path(folder, "analysis", "result.json").read_text(encoding="utf-8"))
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -351,14 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="do the runs that are missing")
     run.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     run.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    one = commands.add_parser("one", help="do one run and print its record")
-    one.add_argument("arm", choices=list(ARMS))
-    one.add_argument("seed", type=int)
     commands.add_parser("report", help="compare what is recorded")
     options = parser.parse_args(arguments)
-    if options.command == "one":
-        print(json.dumps(run_one(options.arm, options.seed)))
-    elif options.command == "run":
+    if options.command == "run":
         run_missing(options.records, options.arms, options.seeds)
     else:
         found, text = report(read_records(options.records))

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,25 +117,33 @@ def test_the_report_has_every_arm_and_contrast(bench: ModuleType) -> None:
 def test_recorded_runs_are_not_repeated(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[list[str]] = []
+    started: list[tuple[str, int]] = []
 
-    class Done:
-        returncode = 0
-        stdout = ""
+    class Pool:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
 
-    def fake(command: list[str], **_: object) -> Done:
-        started.append(command[-2:])
-        done = Done()
-        done.stdout = json.dumps(record(bench, command[-2], int(command[-1]), 2.0)) + "\n"
-        return done
+        def __enter__(self) -> "Pool":
+            return self
 
-    monkeypatch.setattr(bench.subprocess, "run", fake)
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def submit(self, _: object, arm: str, seed: int) -> Future[dict[str, Any]]:
+            started.append((arm, seed))
+            future: Future[dict[str, Any]] = Future()
+            future.set_result(record(bench, arm, seed, 2.0))
+            return future
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = tmp_path / "records.jsonl"
     bench.run_missing(path, ["linear"], [0, 1])
     with open(path, "a") as stream:
         stream.write('{"arm": "lin')  # a kill while writing
-    bench.run_missing(path, ["linear"], [0, 1])
-    assert started == [["linear", "0"], ["linear", "1"]]
+    bench.run_missing(path, ["linear"], [0, 1, 2])
+    assert started == [("linear", 0), ("linear", 1), ("linear", 2)]
+    assert [found["seed"] for found in bench.read_records(path)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("pair", [("linear", "linear_parameters"), ("linear", "linear_arithmetic")])
