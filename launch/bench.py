@@ -11,6 +11,7 @@ __all__ = ["run", "usage"]
 
 _BENCHES = {
     "layer": ("gatewise.launch.bench_layer", "one MoE layer beside its peers"),
+    "pregate": ("gatewise.launch.bench_pregate", "counts exchanged per layer, or planned ahead"),
     "step": ("gatewise.launch.bench_step", "where a training step spends its time"),
 }
 

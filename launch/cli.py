@@ -23,7 +23,8 @@ COMMANDS = {
     "evaluate": ("gatewise.launch.evaluate", "measure a checkpoint on validation text"),
     "analyze": ("gatewise.launch.analyze", "measure what a checkpoint's routers do"),
     "generate": ("gatewise.launch.generate", "continue a prompt with a checkpoint"),
-    "bench": ("gatewise.launch.bench", "measure this machine: `bench layer`, `bench step`"),
+    "distil": ("gatewise.launch.distil", "train a pre-gate to choose as a checkpoint's routers do"),
+    "bench": ("gatewise.launch.bench", "measure this machine: `bench layer`, `step`, `pregate`"),
     "doctor": ("gatewise.launch.doctor", "show what is installed, what is missing, how to get it"),
 }
 

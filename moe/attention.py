@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatewise.routers.ahead.trunk import PrefixCache
+
 __all__ = ["Attention", "KeyValueCache", "RMSNorm", "rotary_tables"]
 
 
@@ -42,6 +44,7 @@ class KeyValueCache:
 
     length: int = 0  # positions that all layers hold
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ahead: PrefixCache = field(default_factory=PrefixCache)  # of a pre-gate
 
     def append(self, layer: int, k_BJSW: Tensor, v_BJSW: Tensor) -> tuple[Tensor, Tensor]:
         """Add this call's keys and values; return all of them."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from gatewise.routers.ahead.shapes import pregate_parameters
 from gatewise.routers.config import RouterConfig
 from gatewise.routers.shapes import router_parameters
 
@@ -144,8 +145,11 @@ def count_parameters(
     expert = matrices * hidden * config.expert_width
     dense = matrices * hidden * config.feed_forward_width()
     num_moe = len(config.moe_layers())
+    router = router or RouterConfig()
     routers = router_parameters(
-        router or RouterConfig(), hidden=hidden, num_experts=config.num_experts, layers=num_moe
+        router, hidden=hidden, num_experts=config.num_experts, layers=num_moe
+    ) + pregate_parameters(
+        router.ahead, vocab_size=vocab_size, num_experts=config.num_experts, layers=num_moe
     )
     common = vocab_size * hidden * (1 if config.tie_embeddings else 2) + hidden
     common += config.layers * (attention + 2 * hidden) + (config.layers - num_moe) * dense

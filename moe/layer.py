@@ -7,7 +7,7 @@ of a whole model from outside.
 Shapes:  T tokens on this rank   D model width   E experts, all ranks   K experts per token
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from gatewise.moe.capacity import apply_capacity
 from gatewise.moe.columns import gather_columns
 from gatewise.moe.compute import Job, Schedule, moe_compute
 from gatewise.moe.config import Activation, CapacityConfig
-from gatewise.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from gatewise.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Ticket
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.parallel.collectives import Group
@@ -78,12 +78,16 @@ class MoELayer(nn.Module):
         self.columns = gather_columns
 
     def forward(
-        self, x_TD: Tensor, context: RoutingContext, layer: int
+        self,
+        x_TD: Tensor,
+        context: RoutingContext,
+        layer: int,
+        tickets: Sequence[Ticket] | None = None,
     ) -> tuple[Tensor, Routing, RoutingContext]:
         """Return the layer's output, its routing, and the context for the next layer.
 
         Padding gives zeros: it is not sent to experts, and whatever it holds stays out of all
-        gradients.
+        gradients. Tickets made ahead (`plan_ahead.py`) spare the exchange of counts.
         """
         padding_T = context.padding_T
         if padding_T is not None:
@@ -98,6 +102,7 @@ class MoELayer(nn.Module):
             y_TD = self._compute_slots(x_TD, routing.slots)
             return self._add_shared(x_TD, y_TD), routing, context
         drops = self.capacity.factor is not None and self.training
+        assert tickets is None or not drops  # dropping is decided here, after the tickets
         if drops:
             asked_TK = routing.expert_TK
             routing = apply_capacity(
@@ -123,11 +128,18 @@ class MoELayer(nn.Module):
             routing.weight_TK,
             routing.expert_TK,
             may_drop=drops or padding_T is not None or routing.variable,
+            tickets=tickets,
         )
         return self._add_shared(x_TD, y_TD), routing, context
 
     def _compute(
-        self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, *, may_drop: bool
+        self,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        *,
+        may_drop: bool,
+        tickets: Sequence[Ticket] | None = None,
     ) -> Tensor:
         job = Job(
             expert_TK,
@@ -138,6 +150,7 @@ class MoELayer(nn.Module):
             self.experts.sinks,
             self.expert_gradient_scale,
             self.experts.memory,
+            tickets,
         )
         return moe_compute(x_TD, weight_TK, self.experts.w_in_eGD, self.experts.w_out_eDF, job)
 
@@ -206,6 +219,11 @@ class MoE(nn.Module):
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         kind = _activation(activation)
         config = preset(router) if isinstance(router, str) else router
+        if isinstance(config, RouterConfig) and config.ahead.is_on:
+            raise ValueError(
+                f"router is {router!r}, which decides for the layers of a model before the first; "
+                "a layer alone needs a router that decides in it"
+            )
         self._group = Group.of(group)
         self.router_cell = build_cell(config, hidden) if isinstance(config, RouterConfig) else None
         dispatcher: Dispatcher = LocalDispatcher(num_experts)

@@ -8,21 +8,28 @@ Shapes:  B sequences   S positions   T = B * S tokens   D model width   V vocabu
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from gatewise.moe.attention import Attention, KeyValueCache, RMSNorm, rotary_tables
 from gatewise.moe.config import ModelConfig
-from gatewise.moe.dispatch import LocalDispatcher
+from gatewise.moe.dispatch import LocalDispatcher, Ticket
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.layer import MoELayer
+from gatewise.moe.plan_ahead import BatchPlan, plan_tickets
 from gatewise.parallel.parameters import Label, ParameterSpec
-from gatewise.routers.api import Routing, RoutingContext
+from gatewise.routers.ahead.agreement import learn_to_agree
+from gatewise.routers.ahead.config import Exchange
+from gatewise.routers.ahead.plan import RoutePlan
+from gatewise.routers.ahead.pregate import build_pregate
+from gatewise.routers.api import Decision, Routing, RoutingContext
 from gatewise.routers.config import RouterConfig
 from gatewise.routers.recurrent import RecurrentCell
 from gatewise.routers.router import ComposedRouter, build_cell, build_router
@@ -102,13 +109,16 @@ class Block(nn.Module):
         context: RoutingContext,
         rotary: tuple[Tensor, Tensor],
         cache: KeyValueCache | None,
+        tickets: Sequence[Ticket] | None = None,
     ) -> tuple[Tensor, Routing | None, RoutingContext]:
         """Return the block's output, its routing (None for a dense layer) and the context."""
         x_BSD = x_BSD + self.attention(self.norm_attention(x_BSD), rotary, self.layer, cache)
         normed_BSD = self.norm_feed_forward(x_BSD)
         if isinstance(self.feed_forward, FeedForward):
             return x_BSD + self.feed_forward(normed_BSD), None, context
-        y_TD, routing, context = self.feed_forward(normed_BSD.flatten(0, 1), context, self.layer)
+        y_TD, routing, context = self.feed_forward(
+            normed_BSD.flatten(0, 1), context, self.layer, tickets
+        )
         return x_BSD + y_TD.view_as(x_BSD), routing, context
 
 
@@ -124,9 +134,19 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, router: RouterConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
+        self.router_config = router
         self.embedding = nn.Parameter(torch.empty(vocab_size, config.hidden))
         if config.num_experts:
             router.check(config.num_experts, config.top_k, causal=True)
+        self.ahead = build_pregate(
+            router.ahead,
+            vocab_size,
+            layers=len(config.moe_layers()),
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            table=router.hash_table,
+        )
+        self.follows_ahead = True  # false: the layers' routers decide, as if there were no pre-gate
         self.router_cell = build_cell(router, config.hidden) if config.moe_layers() else None
         self.blocks = nn.ModuleList(
             Block(config, router, i, cell=self.router_cell, vocab_size=vocab_size)
@@ -152,6 +172,51 @@ class Decoder(nn.Module):
         routers = [layer.router for layer in self.moe_layers()]
         return [router for router in routers if isinstance(router, ComposedRouter)]
 
+    def plan(
+        self, batches: Sequence[Tensor], *, paddings: Sequence[Tensor | None] | None = None
+    ) -> list[BatchPlan | None]:
+        """Let the pre-gate decide for several micro-batches, with one exchange of counts.
+
+        Args:
+            batches: token ids (B, S) of each, on all ranks equally many.
+            paddings: True where a token is padding, per micro-batch.
+
+        Returns:
+            A plan per micro-batch, good until the parameters change; None where there is no
+            pre-gate.
+        """
+        if self.ahead is None or not self.follows_ahead:
+            return [None] * len(batches)
+        masks = paddings or [None] * len(batches)
+        with record_function("moe.decide_ahead"):
+            routes = [
+                self.ahead.plan(token_BS, padding_T=padding_T)
+                for token_BS, padding_T in zip(batches, masks, strict=True)
+            ]
+        return list(self.plan_routes(routes))
+
+    def plan_routes(self, routes: Sequence[RoutePlan]) -> list[BatchPlan]:
+        """Prepare given routes, a pre-gate's or recorded ones, to be followed by `forward`.
+
+        With `router.ahead.exchange=layer` the layers exchange counts themselves.
+        """
+        layers = self.moe_layers()
+        if self.router_config.ahead.exchange is Exchange.layer:
+            return [BatchPlan(route) for route in routes]
+        chunks = [layer.schedule.forward.chunks for layer in layers]
+        return plan_tickets(routes, layers[0].dispatcher, chunks=chunks)
+
+    def _decisions(self, plan: BatchPlan, tokens: int) -> tuple[Decision | None, ...]:
+        """Return the decision of every layer of the model; None for a dense one."""
+        if self.ahead is not None:
+            plan.check_version(self.ahead.version)
+        places = self.config.moe_layers()
+        plan.route.check(layers=len(places), tokens=tokens, num_experts=self.config.num_experts)
+        decisions: list[Decision | None] = [None] * self.config.layers
+        for index, layer in enumerate(places):
+            decisions[layer] = plan.route.layer(index)
+        return tuple(decisions)
+
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
 
@@ -160,6 +225,7 @@ class Decoder(nn.Module):
         token_BS: Tensor,
         context: RoutingContext | None = None,
         cache: KeyValueCache | None = None,
+        plan: BatchPlan | None = None,
     ) -> DecoderOutput:
         """Return final hidden states; `logits` turns them into logits.
 
@@ -167,11 +233,23 @@ class Decoder(nn.Module):
             token_BS: int64 token ids.
             context: what the routers are told; `sequences` and `token_ids` are set here.
             cache: keys and values of earlier calls, extended in place.
+            plan: experts of all layers, from `plan` or `plan_routes`; None lets the pre-gate
+                decide, where there is one.
+
+        Raises:
+            ValueError: if the plan is of another batch or model.
+            StalePlanError: if the pre-gate changed since it made the plan.
         """
         context = context or RoutingContext()
         batch, positions = token_BS.shape
+        if plan is None and self.ahead is not None and self.follows_ahead:
+            with record_function("moe.decide_ahead"):
+                route = self.ahead.plan(
+                    token_BS, padding_T=context.padding_T, cache=cache.ahead if cache else None
+                )
+            (plan,) = self.plan_routes([route])
         context = RoutingContext(
-            ahead=context.ahead,
+            ahead=None if plan is None else self._decisions(plan, token_BS.numel()),
             token_ids=token_BS.flatten(),
             padding_T=context.padding_T,
             sequences=batch,
@@ -185,18 +263,25 @@ class Decoder(nn.Module):
             device=token_BS.device,
         )
         x_BSD = F.embedding(token_BS, self.embedding)
-        routings = []
-        for block in self.blocks:
+        routings: list[Routing] = []
+        for place, block in enumerate(self.blocks):
+            tickets = None
+            if plan is not None and self.config.is_moe(place):
+                tickets = plan.layer(len(routings))
             if self.recompute and torch.is_grad_enabled():
                 x_BSD, routing, context = checkpoint(
-                    block, x_BSD, context, rotary, cache, use_reentrant=False
+                    block, x_BSD, context, rotary, cache, tickets, use_reentrant=False
                 )
             else:
-                x_BSD, routing, context = block(x_BSD, context, rotary, cache)
+                x_BSD, routing, context = block(x_BSD, context, rotary, cache, tickets)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
             cache.length += positions
+        if plan is not None and self.training:
+            routings = learn_to_agree(
+                routings, plan.route, self.router_config.ahead, padding_T=context.padding_T
+            )
         return DecoderOutput(self.norm_final(x_BSD), tuple(routings))
 
     def logits(self, hidden: Tensor) -> Tensor:

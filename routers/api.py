@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "AheadRouter",
+    "Decision",
     "Demand",
     "ExpertColumns",
     "Load",
@@ -84,6 +84,15 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """The experts of one layer, chosen before layer 0 by a pre-gate or by a recorded run."""
+
+    expert_TK: Tensor  # int64 in [0, E); -1: no expert here
+    logits_TE: Tensor | None = None  # of the pre-gate, float32, with gradient
+    weighs: bool = False  # whether the weights come from `logits_TE`, not from the layer's router
+
+
+@dataclass(frozen=True, slots=True)
 class NoiseKey:
     """Where random draws come from, so that they depend on the sample and not on the layout.
 
@@ -132,12 +141,16 @@ class RoutingContext:
     """What is threaded through the layers; replaced, never mutated."""
 
     state_TH: Tensor | None = None  # recurrent routers: state after the previous MoE layer
-    ahead: tuple[Routing, ...] | None = None  # pre-gating: decisions made before layer 0
+    ahead: tuple[Decision | None, ...] | None = None  # by layer: decisions made before layer 0
     token_ids: Tensor | None = None  # int64 (T,), for hash routers
     padding_T: Tensor | None = None  # bool, True = padding
     sequences: int = 1  # B; T is sequence-major
     noise: NoiseKey | None = None  # None: no noise (evaluation)
     columns: ExpertColumns | None = None  # of this layer's experts, for routers that read them
+
+    def decision(self, layer: int) -> Decision | None:
+        """Return what was decided ahead for a layer of the model; None where it decides itself."""
+        return None if self.ahead is None else self.ahead[layer]
 
 
 class Router(Protocol):
@@ -152,12 +165,4 @@ class Router(Protocol):
         self, x_TD: Tensor, context: RoutingContext, layer: int
     ) -> tuple[Routing, RoutingContext]:
         """Route `x_TD`; return the decision and the context for the next layer."""
-        ...
-
-
-class AheadRouter(Protocol):
-    """Pre-gating: called once per batch, before layer 0."""
-
-    def decide(self, x_TD: Tensor, num_layers: int) -> tuple[Routing, ...]:
-        """Return a decision for each of `num_layers` layers."""
         ...

@@ -4,8 +4,10 @@ Read `api.py` for what a router returns, `router.py` for how the parts come toge
 for published combinations. Nothing here imports torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+from gatewise.routers.ahead.config import AheadConfig, AheadKind
 
 __all__ = [
     "BalanceScope",
@@ -142,6 +144,7 @@ class RouterConfig:
     shared_projection: bool = False  # scorer recurrent: the cell reads the token itself
     residual_scores: float = 0.0  # scorer recurrent: share of the previous layer's logits added
     start: RouterStart = RouterStart.matched
+    ahead: AheadConfig = field(default_factory=AheadConfig)
 
     def __post_init__(self) -> None:
         for name in _NOT_NEGATIVE:
@@ -168,6 +171,37 @@ class RouterConfig:
                 f"router.num_groups ({self.num_groups})"
             )
         self._check_parts()
+        if self.ahead.is_on:
+            self._check_ahead()
+
+    def _check_ahead(self) -> None:
+        """Refuse parts that choose experts where a pre-gate does."""
+        kind = self.ahead.kind.name
+        for name, plain in (
+            ("selector", Selector.topk),
+            ("num_groups", 1),
+            ("hash_layers", 0),
+            ("bias_rate", 0.0),
+            ("expert_dropout", 0.0),
+            ("random_second", False),
+        ):
+            value = getattr(self, name)
+            if value != plain:
+                shown, wanted = (v.name if isinstance(v, Enum) else v for v in (value, plain))
+                raise ValueError(
+                    f"router.{name} is {shown}, but with router.ahead.kind={kind} the layers do "
+                    f"not choose; set router.{name}={wanted} or router.ahead.kind=off"
+                )
+        if self.scorer is Scorer.hash and self.ahead.learns:
+            raise ValueError(
+                "router.scorer is hash, which has no logits that a pre-gate could learn from; use "
+                "scorer=linear or router.ahead.kind=hash"
+            )
+        if self.scorer is not Scorer.linear and self.ahead.weighs:
+            raise ValueError(
+                f"router.scorer is {self.scorer.name}, but with router.ahead.weights=pregate the "
+                "layers have no scorer; use scorer=linear or router.ahead.weights=layer"
+            )
 
     def _check_parts(self) -> None:
         """Refuse parts that do not go together."""
@@ -256,7 +290,8 @@ class RouterConfig:
     @property
     def uses_hash(self) -> bool:
         """Whether some layer chooses by token id."""
-        return self.selector is Selector.hash or self.hash_layers > 0
+        ahead = self.ahead.kind is AheadKind.hash
+        return self.selector is Selector.hash or self.hash_layers > 0 or ahead
 
     def check(self, num_experts: int, top_k: int, *, causal: bool = False) -> None:
         """Raise `ValueError` where these settings do not fit the model.

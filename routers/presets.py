@@ -3,6 +3,9 @@
 A test holds the two equal. A preset does not set `model.top_k` nor the experts' activation.
 """
 
+import copy
+
+from gatewise.routers.ahead.config import AheadConfig, AheadKind
 from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction, Scorer, Selector
 
 __all__ = ["PRESETS", "preset"]
@@ -16,7 +19,8 @@ def preset(name: str) -> RouterConfig:
         raise ValueError(
             f"router is {name!r}; known presets: {', '.join(sorted(PRESETS))}"
         ) from None
-    return RouterConfig(**settings)  # type: ignore[arg-type]  # values are of mixed types
+    # a copy: a section (ahead) is an object that the caller may change
+    return RouterConfig(**copy.deepcopy(settings))  # type: ignore[arg-type]  # of mixed types
 
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -100,4 +104,6 @@ PRESETS: dict[str, dict[str, object]] = {
     "moe_x": {"scorer": Scorer.sparsity, "z_loss": 0.0},
     "soft": {"selector": Selector.soft, "balance_loss": 0.0, "z_loss": 0.0},
     "rmoe": {"scorer": Scorer.recurrent, "state_dim": 128, "z_loss": 0.0},
+    "readme_pregate": {"ahead": AheadConfig(kind=AheadKind.read_me, per_layer=False)},
+    "gru_pregate": {"ahead": AheadConfig(kind=AheadKind.gru)},
 }

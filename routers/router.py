@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.routers import balance, compete, losses
-from gatewise.routers.api import Demand, Load, Routing, RoutingContext
+from gatewise.routers.ahead.config import AheadKind
+from gatewise.routers.api import Decision, Demand, Load, Routing, RoutingContext
 from gatewise.routers.choice import (
     choices_of_mask,
     limit_to_groups,
@@ -118,6 +119,7 @@ class ComposedRouter(RouterWeights):
         assert (cell is None) == (config.scorer is not Scorer.recurrent)
         self._shared = (cell,)  # in a tuple, so that it is not registered here a second time
         self.hashed = config.selector is Selector.hash or index < config.hash_layers
+        self.fixed = self.hashed or config.ahead.kind is AheadKind.hash  # the load is no matter
         self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
         if config.sparsity_rate:
             self.register_buffer("loss_weight", torch.zeros((), dtype=torch.float32))
@@ -164,7 +166,7 @@ class ComposedRouter(RouterWeights):
     def moves(self) -> bool:
         """Whether `after_step` changes anything."""
         config = self.config
-        return bool(config.sparsity_rate or (config.bias_rate and not self.hashed))
+        return bool(config.sparsity_rate or (config.bias_rate and not self.fixed))
 
     @property
     def global_loss_weight(self) -> float | Tensor:
@@ -192,7 +194,7 @@ class ComposedRouter(RouterWeights):
             wanted = 1 - self.top_k / self.num_experts
             factor = torch.where(sparse < wanted, config.sparsity_rate, 1 / config.sparsity_rate)
             self.loss_weight.mul_(factor)
-        if not config.bias_rate or self.hashed:
+        if not config.bias_rate or self.fixed:
             return
         if config.bias_rule is BiasRule.sign:
             count_E = demand.count_LE[self.index]
@@ -219,18 +221,22 @@ class ComposedRouter(RouterWeights):
         config = self.config
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = self._input(x_TD, context, layer)
-            logits_TE, context = self._logits(x_TD, context)
+            decision = context.decision(layer)
+            logits_TE, context = self._logits(x_TD, context, decision)
             if config.selector is Selector.soft:
                 return self._route_softly(logits_TE, context), context
             clean_TE, noise_TE = logits_TE, None
             if config.learned_noise and self.training:
                 logits_TE, noise_TE = self._add_noise(x_TD, logits_TE, context, layer)
             score_TE = scores(logits_TE, config.score)
-            expert_TK, variable = self._select(
-                score_TE.detach(), logits_TE.detach(), context, layer
-            )
+            if decision is not None:  # chosen ahead, or recorded: weighed here
+                expert_TK, variable = decision.expert_TK, True
+            else:
+                expert_TK, variable = self._select(
+                    score_TE.detach(), logits_TE.detach(), context, layer
+                )
             weight_TK = self._weigh(score_TE, expert_TK, variable=variable)
-            if config.random_second and self.training:
+            if config.random_second and self.training and decision is None:
                 expert_TK = self._drop_second(expert_TK, weight_TK, context, layer)
                 weight_TK = weight_TK.masked_fill(expert_TK < 0, 0.0)
                 variable = True
@@ -260,8 +266,17 @@ class ComposedRouter(RouterWeights):
             x_TD = x_TD * (1 + self.config.jitter * (2 * noise_TD - 1)).to(wide)
         return x_TD
 
-    def _logits(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingContext]:
+    def _logits(
+        self, x_TD: Tensor, context: RoutingContext, decision: Decision | None
+    ) -> tuple[Tensor, RoutingContext]:
         config = self.config
+        if config.ahead.weighs or (decision is not None and decision.weighs):
+            if decision is None or decision.logits_TE is None:
+                raise ValueError(
+                    "router.ahead.weights is pregate, so this layer has no scores of its own, but "
+                    "nothing was decided ahead; use it in a model with its pre-gate"
+                )
+            return decision.logits_TE.to(x_TD.dtype), context
         if config.scorer is Scorer.linear:
             return F.linear(x_TD, self.weight.to(x_TD.dtype)), context
         if config.scorer is Scorer.recurrent:
@@ -399,7 +414,7 @@ class ComposedRouter(RouterWeights):
         whole = config.balance_scope is BalanceScope.micro_batch
         sequences = 1 if whole else context.sequences
         local = config.balance_scope is not BalanceScope.global_batch
-        if config.balance_loss and local and not self.hashed:
+        if config.balance_loss and local and not self.fixed:
             first = config.first_choice_loss
             parts["balance"] = self._balance_weight * balance.sequence_balance_loss(
                 balanced_TE,
@@ -461,7 +476,7 @@ class ComposedRouter(RouterWeights):
         else:
             tokens = (~padding_T).sum().float()
             balanced_TE = torch.where(padding_T.unsqueeze(1), 0.0, balanced_TE)
-        if self.hashed:  # nothing that is learned decides the load
+        if self.fixed:  # nothing that is learned decides the load
             balanced_TE = balanced_TE.detach()
         margin_EM = None
         if self.config.bias_rule is BiasRule.quantile and self.config.bias_rate:
@@ -475,7 +490,7 @@ class ComposedRouter(RouterWeights):
         return torch.zeros(self.num_experts, BINS, device=self.bias_E.device)
 
     def _margins(self, logits_TE: Tensor, padding_T: Tensor | None) -> Tensor:
-        if self.top_k == self.num_experts or self.hashed:  # nothing to balance
+        if self.top_k == self.num_experts or self.fixed:  # nothing to balance
             return logits_TE.new_zeros(self.num_experts, BINS, dtype=torch.float32)
         logits_TE = torch.nan_to_num(logits_TE, nan=-1e30, posinf=1e30, neginf=-1e30)
         return margin_histogram(logits_TE, self.bias_E, top_k=self.top_k, padding_T=padding_T)

@@ -58,7 +58,8 @@ def layer_weights(config: RouterConfig, hidden: int, num_experts: int) -> dict[s
         Scorer.mlp: _mlp_layer,
         Scorer.recurrent: _recurrent_layer,
     }
-    if config.scorer not in makers:  # sparsity: the experts' own weights; hash: nothing
+    # sparsity reads the experts' own weights, hash nothing, and a pre-gate may have the scores
+    if config.scorer not in makers or config.ahead.weighs:
         return {}
     return makers[config.scorer](config, hidden, num_experts)
 

@@ -10,6 +10,7 @@ from enum import Enum
 from gatewise.moe.config import ModelConfig
 from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.errors import ConfigError
+from gatewise.routers.ahead.config import Exchange
 from gatewise.routers.config import RouterConfig
 
 __all__ = [
@@ -237,12 +238,27 @@ class TrainConfig:
             raise ConfigError(f"log_every is {self.log_every}; it must be at least 1")
         if self.model.num_experts:
             self.router.check(self.model.num_experts, self.model.top_k, causal=True)
+        self._check_ahead()
         self._check_layout()
         stride = self.evaluation.stride
         if stride is not None and stride > self.data.sequence_length:
             raise ConfigError(
                 f"evaluation.stride is {stride}; it must be at most data.sequence_length "
                 f"({self.data.sequence_length})"
+            )
+
+    def _check_ahead(self) -> None:
+        ahead, factor = self.router.ahead, self.model.capacity.factor
+        if ahead.is_on and not self.model.moe_layers():
+            raise ConfigError(
+                f"router.ahead.kind is {ahead.kind.name} but the model has no MoE layer; set it to "
+                "off, or model.num_experts above 0"
+            )
+        if ahead.is_on and factor is not None and ahead.exchange is not Exchange.layer:
+            raise ConfigError(
+                f"model.capacity.factor is {factor}, but what is dropped is decided in the layers "
+                f"and router.ahead.exchange={ahead.exchange.name} plans before them; set the "
+                "factor to null or router.ahead.exchange=layer"
             )
 
     def _check_layout(self) -> None:

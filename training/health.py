@@ -27,6 +27,7 @@ __all__ = ["SUMS", "HealthMeter", "expert_squares", "summarise"]
 
 # rows of the per-layer sums: what routers report, tokens
 SUMS = ("confidence", "entropy", "inner", "outer", "weight", "logsumexp", "dropped", "tokens")
+_RECALL = "recall"  # one row more, where a pre-gate learns
 # values of which the largest layer's stands for all; of the others the mean
 _WORST = ("max_violation", "cv", "dead_frac", "router_max_logit")
 
@@ -38,12 +39,16 @@ class HealthMeter:
         layers: L; 0 for a dense model.
         num_experts: E.
         device: where sums are kept.
+        ahead: whether a pre-gate learns from the layers, so that its recall is known.
     """
 
-    def __init__(self, layers: int, num_experts: int, device: torch.device) -> None:
+    def __init__(
+        self, layers: int, num_experts: int, device: torch.device, *, ahead: bool = False
+    ) -> None:
         self._layers, self._num_experts = layers, num_experts
+        self._names = (*SUMS, _RECALL) if ahead else SUMS
         self._count_LE = torch.zeros(layers, num_experts, dtype=torch.float64, device=device)
-        self._sums = torch.zeros(len(SUMS), layers, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(self._names), layers, dtype=torch.float64, device=device)
         self._largest_L = torch.zeros(layers, dtype=torch.float64, device=device)
         self._norm_squares = torch.zeros(layers * num_experts, dtype=torch.float64, device=device)
 
@@ -52,7 +57,7 @@ class HealthMeter:
         for index, routing in enumerate(routings):
             assert routing.load is not None
             self._count_LE[index] += routing.load.count_E
-            for row, name in enumerate(SUMS):
+            for row, name in enumerate(self._names):
                 value = routing.load.tokens if name == "tokens" else routing.health.get(name)
                 if value is not None:
                     # a step with NaN is skipped, and shall not spoil the whole window
@@ -103,7 +108,7 @@ class HealthMeter:
         )
         values = summarise(
             counts.view(self._layers, self._num_experts),
-            sums.view(len(SUMS), self._layers),
+            sums.view(self._sums.shape),
             largest.view_as(largest_RL).amax(0),
         )
         norms = squares.sqrt().sort().values
@@ -152,14 +157,15 @@ def summarise(count_LE: Tensor, sums: Tensor, largest_L: Tensor) -> dict[str, fl
     Of a token's scores: `router_entropy` in nats, `router_confidence` the best,
     `router_inner_balance` the geometric mean of best over second, `router_outer_balance` the share
     of the chosen, `router_weight_sum` the sum of the combine weights, `router_logsumexp` of the
-    logits; means over tokens. `router_max_logit` is the largest |logit|.
+    logits; means over tokens. `router_max_logit` is the largest |logit|. `ahead_recall`, where a
+    pre-gate learns, is the share of a layer's own choice that the pre-gate had chosen.
 
     Args:
         count_LE: demand.
-        sums: (rows as `SUMS`, L).
+        sums: (rows as `SUMS`, and perhaps recall, L).
         largest_L: the largest |logit| of each layer.
     """
-    sum_L = dict(zip(SUMS, sums, strict=True))
+    sum_L = dict(zip((*SUMS, _RECALL)[: len(sums)], sums, strict=True))
     tokens_L, pairs_L = sum_L["tokens"], count_LE.sum(-1)
     mean_L = {name: value / tokens_L.clamp(min=1) for name, value in sum_L.items()}
     per_layer = {
@@ -177,6 +183,8 @@ def summarise(count_LE: Tensor, sums: Tensor, largest_L: Tensor) -> dict[str, fl
         "router_logsumexp": mean_L["logsumexp"],
         "router_max_logit": largest_L,
     }
+    if _RECALL in mean_L:
+        per_layer["ahead_recall"] = mean_L[_RECALL]
     table = torch.stack([value.double() for value in per_layer.values()]).tolist()
     values: dict[str, float] = {}
     for name, row in zip(per_layer, table, strict=True):

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from gatewise.moe.model import Decoder, DecoderOutput
+from gatewise.moe.plan_ahead import BatchPlan
 from gatewise.parallel.dims import Groups
 from gatewise.parallel.reducer import GradientReducer, gradient_squares
+from gatewise.routers.ahead.config import Exchange
 from gatewise.routers.api import Demand, NoiseKey, Routing, RoutingContext
 from gatewise.routers.balance import global_balance_loss
 from gatewise.routers.router import ComposedRouter
@@ -85,9 +87,12 @@ def train_step(
     balance = _GlobalBalance(routers, groups)
     loss = torch.zeros((), device=micro_batches[0].device)
     extra: dict[str, Tensor] = {}
+    plans: Sequence[BatchPlan | None] = [None] * len(micro_batches)
+    if model.router_config.ahead.exchange is Exchange.step:
+        plans = model.plan([token_BS[:, :-1] for token_BS in micro_batches])
     for index, (token_BS, key) in enumerate(zip(micro_batches, noise, strict=True)):
         reducer.begin(reduce=index + 1 == len(micro_batches))
-        output = model(token_BS[:, :-1], RoutingContext(noise=key))
+        output = model(token_BS[:, :-1], RoutingContext(noise=key), plan=plans[index])
         mean = language_loss(model, output, token_BS[:, 1:]) / token_BS[:, 1:].numel()
         parts = _sum_losses(output.routings)
         if output.routings:
@@ -112,6 +117,8 @@ def train_step(
     with record_function("step.update"):
         optimizer.step(lr, scale=scale, skip=skipped)
     reducer.clear()
+    if model.ahead is not None:
+        model.ahead.advance()
     demand = balance.demand()
     if demand is not None:
         _after_step(routers, demand, finite)

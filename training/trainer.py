@@ -27,6 +27,7 @@ from gatewise.routers.api import NoiseKey
 from gatewise.training.config import Precision, TrainConfig
 from gatewise.training.data import PreparedData
 from gatewise.training.evaluate import Evaluation, EvaluationStopped, evaluate
+from gatewise.training.hash_table import balance_hash_table
 from gatewise.training.health import HealthMeter
 from gatewise.training.optim import ShardedAdamW, learning_rate, load_apex_adam
 from gatewise.training.resume import Progress, RunCheckpoints
@@ -118,6 +119,7 @@ class Trainer:
             seed=config.seed,
         )
         self.model.recompute = config.recompute
+        balance_hash_table(self.model, data)
         self.counts = count_parameters(config.model, vocab_size, config.router)
         buckets = make_buckets(parameter_specs(self.model), groups)
         self.reducer = GradientReducer(buckets, ranks=runtime.world)
@@ -130,6 +132,7 @@ class Trainer:
             len(self.model.moe_layers()),
             config.model.num_experts,
             runtime.device,
+            ahead=config.router.ahead.learns and not config.router.ahead.weighs,
         )
         self.checkpoints = RunCheckpoints(config, runtime, data, folder)
         self.progress = Progress()

@@ -10,13 +10,14 @@ from training_runs import make_text, run, tiny
 
 from gatewise.conf.compose import load_settings, load_train_config, override_config
 from gatewise.conf.fields import field_table
-from gatewise.launch import analyze, bench_step, evaluate
+from gatewise.launch import analyze, bench_pregate, bench_step, evaluate
 from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.cli import COMMANDS
 from gatewise.launch.doctor import DoctorConfig
 from gatewise.launch.generate import GenerateConfig
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import RunConfig, TrainConfig
+from gatewise.training.distil_config import DistilConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,12 +94,15 @@ def parse(command: str) -> None:
         settings, others = analyze.split_arguments(rest)
         assert settings.checkpoint is not None, command
         override_config(TrainConfig(run=RunConfig()), others, sections=(*analyze._SECTIONS, "run"))
+    elif name == "bench pregate":
+        load_train_config(bench_pregate._with_defaults(bench_pregate._split(rest)[1]))
     elif name == "bench step":
         load_train_config(bench_step._with_experiment(bench_step._split(rest)[1]))
     else:
         schemas = {
             "generate": GenerateConfig,
             "bench layer": LayerBenchConfig,
+            "distil": DistilConfig,
             "doctor": DoctorConfig,
         }
         load_settings(schemas[name], rest)

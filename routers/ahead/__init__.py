@@ -1,0 +1,1 @@
+"""Routers that decide for all layers before layer 0; read `plan.py`, then `pregate.py`."""
