@@ -49,6 +49,9 @@ def draw_pictures(found: Mapping[str, Any], folder: Path) -> list[str]:
         [plain - chance for plain, chance in zip(row, base, strict=True)]
         for row, base in zip(across["information"], across["information_shuffled"], strict=True)
     ]
+    # the diagonals hold entropies, far above the rest: the scale is that of pairs
+    panels = (excess, across["information_binned"])
+    pairs = [m[i][j] for m in panels for i in range(len(m)) for j in range(len(m)) if i != j]
     pictures = {
         "load.svg": heat_maps(
             "Load of each expert over the mean",
@@ -68,6 +71,7 @@ def draw_pictures(found: Mapping[str, Any], folder: Path) -> list[str]:
             row_label="layer",
             column_label="layer",
             low=0.0,
+            high=max(pairs, default=None),
             row_names=names,
             column_names=names,
         ),

@@ -154,3 +154,14 @@ def test_the_matched_arms_differ_in_the_experts_width_only(
     assert two.model.expert_width > one.model.expert_width
     two.model.expert_width = one.model.expert_width
     assert one == two
+
+
+def test_all_arms_are_possible_and_differ_in_the_router_and_the_experts_width_only(
+    bench: ModuleType,
+) -> None:
+    configs = {arm: load_train_config([*bench.COMMON, *bench.ARMS[arm]]) for arm in bench.ARMS}
+    linear = configs["linear"]
+    for arm, config in configs.items():
+        assert arm == "linear" or config != linear
+        config.model.expert_width, config.router = linear.model.expert_width, linear.router
+        assert config == linear

@@ -87,7 +87,7 @@ def test_one_of_two_experts_fixed_by_the_group_gives_the_known_share() -> None:
         num_groups=2,
         generator=generator(),
     )
-    # H(E) = ln 4; H(E | V) = half ln 2 (is it the coin) ... = entropy of (1/2, 1/4, 1/4)
+    # H(E) = ln 4; H(E | V) = entropy of (1/2, 1/4, 1/4) = 1.5 ln 2
     assert value.entropy == pytest.approx(math.log(4), abs=0.001)
     assert value.plain == pytest.approx((math.log(4) - 1.5 * math.log(2)) / math.log(4), abs=0.001)
 
