@@ -77,6 +77,8 @@ def distil(
     control = runtime.groups.control
     share = config.batch.sequences // runtime.world
     sums = _Agreement(len(model.moe_layers()), runtime.device)
+    for sink in sinks:
+        sink.resume(0)
     model.eval()
     for step in range(config.steps):
         first = step * config.batch.sequences + runtime.rank * share

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.ahead.config import AheadConfig, AheadKind, AheadWeights
-from gatewise.training.config import EvaluationConfig, OptimConfig, RunConfig, TrainConfig
+from gatewise.training.config import OptimConfig, RunConfig, TrainConfig
 
 __all__ = ["DistilConfig", "PregateSection", "student_config"]
 
@@ -28,13 +28,13 @@ class DistilConfig:
     log_every: int = 20
     router: PregateSection = field(default_factory=PregateSection)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, weight_decay=0.01))
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    val_tokens: int | None = None  # at most so many validation targets; None: as the teacher's run
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences", "log_every"):
+        for name in ("steps", "sequences", "log_every", "ranks", "val_tokens"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if not self.router.ahead.learns:
             raise ConfigError(
@@ -62,6 +62,16 @@ def student_config(teacher: TrainConfig, settings: DistilConfig) -> TrainConfig:
             f"({teacher.router.ahead.kind.name}); its own routers do not choose, give a model "
             "trained with router.ahead.kind=off"
         )
+    try:  # what acts in training only would be refused beside a pre-gate, and is not needed
+        router = replace(
+            teacher.router,
+            ahead=settings.router.ahead,
+            bias_rate=0.0,
+            expert_dropout=0.0,
+            random_second=False,
+        )
+    except ValueError as error:
+        raise ConfigError(f"teacher is {settings.teacher}, which cannot teach: {error}") from error
     ranks = settings.ranks or teacher.parallel.ranks
     expert = teacher.parallel.expert if ranks == teacher.parallel.ranks else 1
     parallel = replace(teacher.parallel, ranks=ranks, expert=expert, shard=1)
@@ -71,11 +81,13 @@ def student_config(teacher: TrainConfig, settings: DistilConfig) -> TrainConfig:
         steps=settings.steps,
         seed=settings.seed,
         log_every=settings.log_every,
-        router=replace(teacher.router, ahead=settings.router.ahead),
+        router=router,
         parallel=parallel,
         batch=replace(teacher.batch, sequences=settings.sequences, micro=None),
         optim=settings.optim,
-        evaluation=settings.evaluation,
+        evaluation=replace(
+            teacher.evaluation, every=None, tokens=settings.val_tokens or teacher.evaluation.tokens
+        ),
         run=settings.run,
         checkpoint=replace(teacher.checkpoint, load=None),
     )

@@ -180,7 +180,7 @@ class GruGate(PreGate):
         weights = (self.w_input, self.w_state, self.b_input, self.b_state)
         # input, state, weights, biases, layers of cells, dropout, training, bidirectional, batch
         state_LTH, _ = torch.gru(
-            input_LTH, start_1TH, weights, True, 1, 0.0, self.training, False, False
+            input_LTH, start_1TH, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False
         )
         return torch.bmm(state_LTH, self.w_head_LEH.transpose(1, 2))
 

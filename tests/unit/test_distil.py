@@ -14,7 +14,7 @@ from gatewise.routers.ahead.config import AheadConfig, AheadKind, Exchange, Hash
 from gatewise.routers.ahead.plan import record_routes
 from gatewise.routers.ahead.table import HashGate
 from gatewise.routers.config import RouterConfig
-from gatewise.training.config import CheckpointConfig, EvaluationConfig, OptimConfig
+from gatewise.training.config import CheckpointConfig, OptimConfig
 from gatewise.training.data import PreparedData
 from gatewise.training.distil import distil
 from gatewise.training.distil_config import DistilConfig, PregateSection, student_config
@@ -27,7 +27,6 @@ SETTINGS = DistilConfig(
     log_every=10,
     router=PregateSection(ahead=AHEAD),
     optim=OptimConfig(lr=0.01, warmup=2),
-    evaluation=EvaluationConfig(tokens=400, micro=4),
 )
 
 
@@ -113,10 +112,7 @@ def test_hash_tables_are_balanced_saved_and_restored(data: PreparedData, tmp_pat
     assert torch.equal(model.ahead.table_LVK, result.tensors()["table/ahead"])
 
 
-def test_a_pre_gate_of_another_depth_is_refused(
-    teacher: Run, data: PreparedData, tmp_path: Path
-) -> None:
-    del teacher
+def test_a_pre_gate_of_another_depth_is_refused(data: PreparedData, tmp_path: Path) -> None:
     router = RouterConfig(ahead=AHEAD)
     first = run(tiny(1, router=router), data, tmp_path / "two")
     load = CheckpointConfig(load=first.output["checkpoint"])
@@ -148,3 +144,6 @@ def test_a_teacher_without_routers_of_its_own_is_refused() -> None:
         student_config(tiny(model={"num_experts": 0}), SETTINGS)
     with pytest.raises(ConfigError, match="has a pre-gate already"):
         student_config(tiny(router=RouterConfig(ahead=AHEAD)), SETTINGS)
+    with pytest.raises(ConfigError, match=r"cannot teach: router\.num_groups is 2"):
+        student_config(tiny(router=RouterConfig(num_groups=2, top_groups=1)), SETTINGS)
+    assert student_config(tiny(router=RouterConfig(bias_rate=0.1)), SETTINGS).router.bias_rate == 0
