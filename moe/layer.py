@@ -157,12 +157,14 @@ class MoELayer(nn.Module):
     def _compute_slots(self, x_TD: Tensor, mix: SlotMix) -> Tensor:
         """Mix tokens into slots, give each slot to its one expert, and mix the outputs back."""
         batch, num_slots, positions = mix.gather_BSP.shape
-        x_BPD = x_TD.view(batch, positions, -1)
+        x_BPD = x_TD.view(batch, positions, x_TD.shape[1])
         slot_BSD = torch.bmm(mix.gather_BSP.to(x_TD.dtype), x_BPD)
         expert_N1 = mix.expert_S.repeat(batch).unsqueeze(1)
         one_N1 = mix.gather_BSP.new_ones(batch * num_slots, 1)
         slot_ND = self._compute(slot_BSD.flatten(0, 1), one_N1, expert_N1, may_drop=False)
-        y_BPD = torch.bmm(mix.scatter_BPS.to(slot_ND.dtype), slot_ND.view(batch, num_slots, -1))
+        y_BPD = torch.bmm(
+            mix.scatter_BPS.to(slot_ND.dtype), slot_ND.view(batch, num_slots, x_TD.shape[1])
+        )
         return y_BPD.flatten(0, 1)
 
     def _add_shared(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ def mix_slots(
 def soft_load(mix: SlotMix, num_experts: int, padding_T: Tensor | None) -> tuple[Load, Tensor]:
     """Return the load, which is equal by design, and each token's share per expert (T, E)."""
     batch, positions, num_slots = mix.scatter_BPS.shape
-    by_slot_TES = mix.scatter_BPS.reshape(batch * positions, num_experts, -1)
+    slots = num_slots // num_experts
+    by_slot_TES = mix.scatter_BPS.reshape(batch * positions, num_experts, slots)
     share_TE = by_slot_TES.sum(2)
     count_E = share_TE.new_full((num_experts,), batch * num_slots / num_experts).float()
     if padding_T is None:
