@@ -229,17 +229,18 @@ def _print_table(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="one optimizer step")
-    for name in ("exchange", "ms", "relative", "metadata", "rows", "host reads", "losses"):
+    table = Table(title="one optimizer step; in brackets: inside layers")
+    for name in ("exchange", "ms", "quartiles", "ratio", "counts", "rows", "reads", "losses"):
         table.add_column(name, justify="left" if name == "exchange" else "right")
     for row in rows:
         table.add_row(
             row.exchange,
-            f"{row.step_ms:.1f} ({row.step_ms_low:.1f}-{row.step_ms_high:.1f})",
+            f"{row.step_ms:.0f}",
+            f"{row.step_ms_low:.0f}-{row.step_ms_high:.0f}",
             f"{row.relative:.3f}",
-            f"{row.metadata_exchanges} ({row.metadata_exchanges_in_layers} in layers)",
+            f"{row.metadata_exchanges} ({row.metadata_exchanges_in_layers})",
             str(row.row_exchanges),
-            f"{row.host_reads_in_layers} in layers",
+            f"({row.host_reads_in_layers})",
             "equal" if row.equal_losses else "DIFFER",
         )
     Console().print(table)
