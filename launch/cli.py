@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("gatewise.launch.generate", "continue a prompt with a checkpoint"),
     "distil": ("gatewise.launch.distil", "train a pre-gate to choose as a checkpoint's routers do"),
     "bench": ("gatewise.launch.bench", "measure this machine: `bench layer`, `step`, `pregate`"),
+    "compress": ("gatewise.launch.compress", "quantise a checkpoint's experts to a few bits"),
     "doctor": ("gatewise.launch.doctor", "show what is installed, what is missing, how to get it"),
 }
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from gatewise.compression.artefact import find_artefact, is_artefact, read_plan, verify_artefact
+from gatewise.compression.pipeline import load_compressed
 from gatewise.conf.compose import config_from_yaml
 from gatewise.moe.model import Decoder, set_precision
 from gatewise.moe.parallelize import build_model
 from gatewise.parallel.collectives import NO_GROUP
 from gatewise.parallel.errors import CheckpointError
+from gatewise.training.checkpoint_folder import read_json
 from gatewise.training.checkpointer import find_latest, load, read_meta, verify
 from gatewise.training.config import TrainConfig
 from gatewise.training.data import PreparedData, prepare_data
@@ -44,6 +47,11 @@ class Stored:
     meta: dict[str, Any]
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether `gatewise compress` made it."""
+        return is_artefact(self.path)
+
+    @property
     def step(self) -> int:
         """Optimizer steps it has behind it."""
         return int(self.meta["step"])
@@ -53,7 +61,7 @@ def locate_checkpoint(name: str) -> Path:
     """Return the checkpoint that a path means: itself, or the newest good one below it.
 
     Args:
-        name: a run's folder, its `checkpoints` folder, or one `step_*` folder.
+        name: a run's folder, its `checkpoints` folder, one `step_*` folder, or a compressed model.
 
     Raises:
         CheckpointError: if there is none, or the one named is damaged.
@@ -68,6 +76,10 @@ def locate_checkpoint(name: str) -> Path:
         verify(path)
         return path.resolve()
     inner = path / "checkpoints"
+    artefact = None if inner.is_dir() else find_artefact(path)
+    if artefact is not None:
+        verify_artefact(artefact)
+        return artefact.resolve()
     latest = find_latest(inner if inner.is_dir() else path)
     if latest is None:
         raise CheckpointError(
@@ -84,7 +96,7 @@ def open_checkpoint(name: str) -> Stored:
         CheckpointError: as `locate_checkpoint`, or if its settings cannot be read.
     """
     path = locate_checkpoint(name)
-    return Stored(path, _stored_config(path), read_meta(path)["meta"])
+    return Stored(path, _stored_config(path), _meta(path))
 
 
 def restore_tokenizer(stored: Stored) -> TextTokenizer:
@@ -96,7 +108,8 @@ def restore_tokenizer(stored: Stored) -> TextTokenizer:
     Raises:
         CheckpointError: if what is found is another tokenizer.
     """
-    beside = stored.path.parent.parent / "tokenizer.json"
+    folder = stored.path if stored.is_compressed else stored.path.parent.parent
+    beside = folder / "tokenizer.json"
     if beside.exists():
         tokenizer = load_tokenizer(beside)
     elif ByteTokenizer().fingerprint == stored.meta["tokenizer"]:
@@ -139,11 +152,15 @@ def restore_model(stored: Stored, *, device: torch.device) -> Decoder:
         stored: the checkpoint; `stored.config.precision` chooses the type of its matrices.
         device: where the model goes.
     """
-    config = stored.config
+    config, vocab_size = stored.config, int(stored.meta["vocab_size"])
+    if stored.is_compressed:
+        model = load_compressed(config, vocab_size, stored.path, read_plan(stored.path), device)
+        set_precision(model, resolve_dtype(config.precision, device))
+        return model
     model = build_model(
         config.model,
         config.router,
-        vocab_size=int(stored.meta["vocab_size"]),
+        vocab_size=vocab_size,
         group=NO_GROUP,
         device=device,
         dtype=torch.float32,
@@ -199,8 +216,15 @@ def _newest(folder: Path) -> Path | None:
 
 
 def _stored_config(path: Path) -> TrainConfig:
-    text = json.dumps(read_meta(path)["meta"]["config"])  # JSON is YAML too
+    text = json.dumps(_meta(path)["config"])  # JSON is YAML too
     return config_from_yaml(text, source=f"checkpoint {path}")
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint or a compressed model says of itself."""
+    record = read_json(path, "config.json") if is_artefact(path) else read_meta(path)
+    meta: dict[str, Any] = record["meta"]
+    return meta
 
 
 def _shown(value: object) -> str:

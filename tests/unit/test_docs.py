@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from training_runs import make_text, run, tiny
 
+from gatewise.compression.config import CompressConfig
 from gatewise.conf.compose import load_settings, load_train_config, override_config
 from gatewise.conf.fields import field_table
 from gatewise.launch import analyze, bench_pregate, bench_step, evaluate
@@ -101,6 +102,7 @@ def parse(command: str) -> None:
     else:
         schemas = {
             "generate": GenerateConfig,
+            "compress": CompressConfig,
             "bench layer": LayerBenchConfig,
             "distil": DistilConfig,
             "doctor": DoctorConfig,
@@ -176,7 +178,8 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 
 @pages()
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    folders = ("benchmarks", "conf", "docs", "launch", "moe", "parallel", "routers", "training")
+    folders = ("benchmarks", "compression", "conf", "docs", "launch", "moe", "parallel")
+    folders += ("routers", "training")
     sources = {path.name for name in (*folders, "tests") for path in (ROOT / name).rglob("*.*")}
     for span in SPAN.findall(prose(page)):
         if re.fullmatch(r"[\w/]+/[\w.]+\.(py|md|h|yaml)", span) and "<" not in span:

@@ -1,0 +1,93 @@
+"""Small models, statistics and compressions for tests of `gatewise compress`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from training_runs import make_text, run, tiny
+
+from gatewise.compression.config import CalibrationConfig, CompressConfig, GridConfig, TextConfig
+from gatewise.compression.pipeline import Source, build_empty, compress
+from gatewise.compression.plan import Plan, list_parts
+from gatewise.compression.statistics import LayerStatistics
+from gatewise.moe.model import Decoder
+from gatewise.training.checkpointer import find_latest, read_meta
+from gatewise.training.config import TrainConfig
+from gatewise.training.data import PreparedData
+
+__all__ = ["compressed", "empty_plan", "made_up_statistics", "settings", "trained", "weights"]
+
+
+def settings(**changes: Any) -> CompressConfig:
+    """Return settings for models of 16 channels."""
+    return CompressConfig(
+        **{
+            "grid": GridConfig(group=16, clip_steps=6),
+            "calibration": CalibrationConfig(sequences=12, batch=4),
+            "text": TextConfig(tokens=300),
+            **changes,
+        }
+    )
+
+
+def empty_plan(config: CompressConfig, **model: Any) -> Plan:
+    """Return the parts of a tiny model."""
+    return list_parts(build_empty(tiny(model=model), 257), config)
+
+
+def made_up_statistics(
+    layers: Sequence[int], experts: int, *, seed: int = 0, widths: Sequence[float] = (1, 2, 3)
+) -> list[LayerStatistics]:
+    """Return statistics of layers whose experts differ, with costs that fall with the width."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> list[float]:
+        return (torch.rand(experts, generator=generator) + 0.05).tolist()
+
+    found = []
+    for layer in layers:
+        gate = draw()
+        statistics = LayerStatistics(
+            layer=layer,
+            tokens=1000,
+            count=[int(1000 * value) for value in draw()],
+            gate=[500 * value for value in gate],
+            gate_squared=[300 * value for value in gate],
+            probability=[400 * value for value in gate],
+            margin=0.5,
+            trace={"in": draw(), "out": draw()},
+        )
+        for what in ("both", "in", "out"):
+            table = [draw() for _ in widths]
+            for place, width in enumerate(widths):
+                key = f"{what}/{width:g}"
+                left = [sum(column[place:]) for column in zip(*table, strict=True)]
+                statistics.squared[key] = left
+                statistics.norms[key] = [value**0.5 for value in left]
+                statistics.fisher[key] = [(layer + 1) ** 2 * value for value in left]
+                statistics.weight_error[key] = left
+        found.append(statistics)
+    return found
+
+
+def trained(folder: Path, **model: Any) -> tuple[Source, TrainConfig, PreparedData]:
+    """Train a few steps and return the checkpoint."""
+    data = make_text(folder)
+    config = tiny(8, model=model)
+    run(config, data, folder / "run")
+    path = find_latest(folder / "run" / "checkpoints")
+    assert path is not None
+    meta = read_meta(path)["meta"]
+    return Source(path, config, meta, data, torch.device("cpu")), config, data
+
+
+def compressed(source: Source, config: CompressConfig, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Compress into a folder."""
+    folder.mkdir(exist_ok=True)
+    return compress(source, config, folder, lambda _stage, _done, _total: None)
+
+
+def weights(model: Decoder) -> dict[str, torch.Tensor]:
+    """Return a model's parameters by name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
