@@ -2,7 +2,7 @@
 
     python benchmarks/routers.py run            the runs that are missing, one after the other
     python benchmarks/routers.py run --arms linear bias --seeds 0 1
-    python benchmarks/routers.py report         routers.md and routers.json from the records
+    python benchmarks/routers.py report         routers.json, and the results in routers.md
 
 Each run is one process of one thread and leaves one line in `routers.jsonl`; a run whose line is
 there already, with the same settings, is not repeated. Needs scipy (the `dev` extra).
@@ -65,7 +65,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ARMS", "CONTRASTS", "Contrast", "compare", "holm", "main", "report"]
+__all__ = ["ARMS", "CONTRASTS", "Contrast", "compare", "holm", "main", "report", "verdict"]
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2, 3, 4)
@@ -127,6 +127,7 @@ CONTRASTS = (
     ("gru_pregate", "gru"),
     ("bias", "linear"),
 )
+_MARKS = ("<!-- results: written by routers.py report -->", "<!-- end of results -->")
 _SIDE = (
     ("entropy", "gate entropy"),
     ("inner_balance", "inner balance"),
@@ -292,8 +293,30 @@ def report(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
         "contrasts": [asdict(contrast) for contrast in contrasts],
         "cpu_seconds": sum(record["cpu_seconds"] for record in mine),
     }
-    text = "\n\n".join((_arm_table(found["arms"]), _contrast_table(contrasts)))
-    return found, text
+    return found, "\n\n".join(
+        (
+            _arm_table(found["arms"]),
+            _contrast_table(contrasts),
+            "\n".join(verdict(contrast) for contrast in contrasts),
+        )
+    )
+
+
+def verdict(contrast: Contrast) -> str:
+    """Say in one line what a contrast shows, by the rule written down."""
+    pair = f"- {contrast.first} against {contrast.second}: "
+    span = f"between {contrast.low:+.4f} and {contrast.high:+.4f} nats per byte"
+    if contrast.p_adjusted >= 0.05:
+        return f"{pair}no difference shown; the data fit one {span}."
+    word = "better" if contrast.mean < 0 else "worse"
+    return f"{pair}{word}, {span} (Holm-adjusted p {contrast.p_adjusted:.3f})."
+
+
+def _filled(page: str, text: str) -> str:
+    """Put the results between their marks."""
+    before, _, rest = page.partition(_MARKS[0])
+    _, _, after = rest.partition(_MARKS[1])
+    return f"{before}{_MARKS[0]}\n{text}\n{_MARKS[1]}{after}"
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -376,6 +399,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found, text = report(read_records(options.records))
         path = options.records.with_suffix(".json")
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        page = options.records.with_suffix(".md")
+        if page.exists():
+            page.write_text(_filled(page.read_text(encoding="utf-8"), text), encoding="utf-8")
         print(text)
     return 0
 

@@ -114,6 +114,35 @@ def test_the_report_has_every_arm_and_contrast(bench: ModuleType) -> None:
     assert "| gru - np |" in text
 
 
+def test_a_difference_is_claimed_only_below_the_adjusted_level(bench: ModuleType) -> None:
+    values = (5, -0.01, 0.001, -0.011, -0.009, 0.001)
+    shown = bench.Contrast("gru", "np", *values, 0.006, 5)
+    assert bench.verdict(shown).startswith("- gru against np: better, between -0.0110 and -0.0090")
+    unshown = bench.Contrast("gru", "np", *values, 0.06, 5)
+    assert "no difference shown" in bench.verdict(unshown)
+
+
+def test_the_report_replaces_the_results_of_the_page_only(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "routers.jsonl"
+    losses = {"gru": (2.0, 2.1, 2.3), "np": (2.1, 2.0, 2.2)}
+    for arm, values in losses.items():
+        for seed, loss in enumerate(values):
+            bench._append(path, json.dumps(record(bench, arm, seed, loss)))
+    page = tmp_path / "routers.md"
+    page.write_text("above\n{}\nold\n{}\nbelow\n".format(*bench._MARKS))
+    for _ in range(2):
+        assert bench.main(["--records", str(path), "report"]) == 0
+    text = page.read_text()
+    assert text.startswith("above\n")
+    assert text.endswith("\nbelow\n")
+    assert "old" not in text
+    assert text.count("| gru - np |") == 1
+    assert json.loads((tmp_path / "routers.json").read_text())["arms"].keys() == losses.keys()
+    assert "gru against np" in capsys.readouterr().out
+
+
 def test_recorded_runs_are_not_repeated(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
