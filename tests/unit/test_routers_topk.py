@@ -216,7 +216,7 @@ def test_infinite_logits_choose_different_experts_in_range(
     logits_TE[1, 2] = value
     logits_TE[2] = value
     with torch.no_grad():  # inf * 0 would be NaN: give the logits themselves
-        router._logits = lambda _, context: (logits_TE, context)  # type: ignore[method-assign]
+        router._logits = lambda _, context, __: (logits_TE, context)  # type: ignore[method-assign]
         expert_TK = route(router, logits_TE).expert_TK
     assert 0 <= int(expert_TK.min()) <= int(expert_TK.max()) < 6
     assert (expert_TK[:, 0] != expert_TK[:, 1]).all()
