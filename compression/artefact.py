@@ -48,6 +48,7 @@ __all__ = [
     "finish_artefact",
     "header_bytes",
     "is_artefact",
+    "place_part",
     "read_parts",
     "read_plan",
     "replace_file",

@@ -126,9 +126,9 @@ class CalibrationConfig:
 class PmqConfig:
     """Exponents of cost = frequency^alpha * weight^beta * error^gamma; None: as the preset has."""
 
-    alpha: float | None = None
-    beta: float | None = None
-    gamma: float | None = None
+    alpha: float | None = None  # of the frequency
+    beta: float | None = None  # of the weight
+    gamma: float | None = None  # of the error
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,7 +6,7 @@
 | fnorm2 | squared change of the layer's output | within a layer, or over all |
 | pmq_paper | frequency^1 * weight^1 * change^2 | within a layer |
 | pmq_release | frequency^1 * weight^1.5 * change^1, the first two as shares | within a layer |
-| hessian | trace of the Hessian times squared error of the weights | within a layer |
+| hessian | trace of the Hessian times squared error, summed over both matrices | within a layer |
 
 An expert without a token costs nothing by any of them. A wider code never costs more: where the
 measured cost rises, the least cost of the narrower widths stands.
@@ -68,11 +68,16 @@ def _column(kind: CostKind, found: LayerStatistics, key: str, pmq: PmqConfig | N
     if kind is CostKind.fnorm2:
         return found.squared[key]
     if kind is CostKind.hessian:
-        what = key.partition("/")[0]
+        what, _, width = key.partition("/")
         names = ("in", "out") if what == "both" else (what,)
         return [
-            sum(found.trace[name][expert] for name in names) * error if found.count[expert] else 0.0
-            for expert, error in enumerate(found.weight_error[key])
+            sum(
+                found.trace[name][expert] * found.weight_error[f"{name}/{width}"][expert]
+                for name in names
+            )
+            if count
+            else 0.0
+            for expert, count in enumerate(found.count)
         ]
     alpha, beta, gamma = _EXPONENTS[kind]
     if pmq is not None:

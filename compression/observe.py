@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from gatewise.compression.stream import BlockStream
 from gatewise.moe.attention import Attention
 from gatewise.moe.config import Activation
-from gatewise.moe.layer import MoELayer
 from gatewise.moe.model import Block
 from gatewise.parallel.errors import DataError
 from gatewise.routers.api import Routing
@@ -167,11 +166,6 @@ def inner_activations(x_RD: Tensor, w_in_GD: Tensor, activation: Activation) -> 
         gate_RF, up_RF = hidden_RG.chunk(2, dim=1)
         return F.silu(gate_RF) * up_RF
     return F.gelu(hidden_RG) if activation is Activation.gelu else hidden_RG.relu()
-
-
-def is_moe(block: Block) -> bool:
-    """Tell whether a block has experts."""
-    return isinstance(block.feed_forward, MoELayer)
 
 
 @contextmanager

@@ -138,9 +138,10 @@ def compress(
     check_names(model, saved, source=str(source.path))
     work = _Work(source, config, folder, progress, list_parts(model, config))
     check_budget(work.plan, config)
+    order = _sequence_order(work)
     work.calibration.mkdir(exist_ok=True)
     work.partial.mkdir(exist_ok=True)
-    work.batches = _calibration_batches(work)
+    work.batches = _calibration_batches(work, order)
     statistics = _measure(work)
     work.plan = work.plan.with_bits(allocate(work.plan, statistics, config))
     replace_file(work.partial / "plan.json", work.plan.to_json())
@@ -179,12 +180,10 @@ def _planned_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _calibration_batches(work: _Work) -> list[Tensor]:
-    """Choose the sequences and read them."""
-    config, train = work.config.calibration, work.source.config
-    length = train.data.sequence_length
-    tokens = work.source.data.train
-    order = SequenceOrder(len(tokens), length, config.seed)
+def _sequence_order(work: _Work) -> SequenceOrder:
+    """Return the order of the training sequences, once there are enough for the settings."""
+    config, length = work.config.calibration, work.source.config.data.sequence_length
+    order = SequenceOrder(len(work.source.data.train), length, config.seed)
     wanted, columns = config.sequences, max(part.shape.columns for part in work.plan.parts)
     if wanted > order.sequences_per_epoch:
         raise DataError(
@@ -196,6 +195,14 @@ def _calibration_batches(work: _Work) -> list[Tensor]:
             f"calibration.sequences is {wanted}, which is {wanted * length} tokens; the widest "
             f"matrix has {columns} inputs, so take at least {-(-columns // length)}"
         )
+    return order
+
+
+def _calibration_batches(work: _Work, order: SequenceOrder) -> list[Tensor]:
+    """Choose the sequences and read them."""
+    config, train = work.config.calibration, work.source.config
+    tokens, wanted = work.source.data.train, config.sequences
+    columns = max(part.shape.columns for part in work.plan.parts)
     file = work.calibration / "sequences.json"
     if file.exists():
         chosen = json.loads(file.read_text())
@@ -208,7 +215,7 @@ def _calibration_batches(work: _Work) -> list[Tensor]:
                 for first in range(0, pool, config.batch)
             ]
             counts = count_by_sequence(work.stream(), batches, train.model.num_experts)
-            target = coverage_target(columns, wanted * length)
+            target = coverage_target(columns, wanted * order.sequence_length)
             chosen = choose_sequences(counts, wanted, target)
         replace_file(file, json.dumps(chosen) + "\n")
     work.progress("choose", 1, 1)

@@ -22,7 +22,14 @@ from gatewise.compression.formats import stored_bits
 from gatewise.compression.plan import Part, Plan, file_entries, file_name
 from gatewise.compression.statistics import LayerStatistics
 
-__all__ = ["bits_report", "bytes_report", "coverage_report", "coverage_target"]
+__all__ = [
+    "bits_report",
+    "bytes_report",
+    "coverage_report",
+    "coverage_target",
+    "losses_report",
+    "widths_report",
+]
 
 
 def bits_report(plan: Plan, used: Sequence[LayerStatistics]) -> dict[str, float]:

@@ -57,8 +57,8 @@ class ExpertHessians:
 class LayerStatistics:
     """Sums over the calibration tokens of one layer; lists have one value per expert.
 
-    `squared`, `norms`, `fisher` and `weight_error` are keyed by "<what>/<bits>", what being "both",
-    "in" or "out".
+    `squared`, `norms`, `fisher` and `weight_error` are keyed by "<what>/<bits>", what being "both"
+    (not of `weight_error`), "in" or "out".
     """
 
     layer: int
@@ -182,10 +182,14 @@ def measure_layer(
         same = [width] * experts.num_local
         new_in = [q.dequantise() for q in quantiser(w_in_eGD, hessians_in.hessian_EKK, same)]
         new_out = [q.dequantise() for q in quantiser(w_out_eDF, hessians_out.hessian_EKK, same)]
+        for name, old, new in (("in", w_in_eGD, new_in), ("out", w_out_eDF, new_out)):
+            found.weight_error[f"{name}/{width:g}"] = [
+                float((before_NK - after_NK).double().square().sum())
+                for before_NK, after_NK in zip(old, new, strict=True)
+            ]
         for name in what:
             key = f"{name}/{width:g}"
-            for table in (found.squared, found.norms, found.weight_error):
-                table[key] = []
+            found.squared[key], found.norms[key] = [], []
             if squared_gradient_TD is not None:
                 found.fisher[key] = []
             for expert, part in enumerate(rows):
@@ -196,9 +200,6 @@ def measure_layer(
                 square_RD = (moved_RD.double() * part.weight_R.unsqueeze(1)).square()
                 found.squared[key].append(float(square_RD.sum()))
                 found.norms[key].append(_sum_of_norms(square_RD.sum(1), part, seen.batch_ends))
-                error = (w_in_GD - w_in_eGD[expert]).double().square().sum()
-                error += (w_out_DF - w_out_eDF[expert]).double().square().sum()
-                found.weight_error[key].append(float(error))
                 if squared_gradient_TD is not None:
                     gradient_RD = squared_gradient_TD[part.token_R].double()
                     found.fisher[key].append(float((gradient_RD * square_RD).sum()))

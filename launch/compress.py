@@ -93,13 +93,13 @@ class StageProgress:
 
 
 def _claim(folder: RunFolder, config: CompressConfig, stored: "Stored") -> None:
-    """Write the settings into the folder; refuse a folder that holds other settings' work."""
+    """Write the settings into the folder; refuse a folder where others have calibrated already."""
     from omegaconf import OmegaConf
 
     source = replace(config, checkpoint=str(stored.path))
     text = OmegaConf.to_yaml(OmegaConf.structured(source))
     file = folder.path / "config.yaml"
-    if file.exists():
+    if file.exists() and (folder.path / "calibration").exists():
         before, now = file.read_text(encoding="utf-8").splitlines(), text.splitlines()
         for old, new in zip(before, now, strict=False):
             if old != new and not old.strip().startswith("dir:"):
