@@ -26,6 +26,8 @@ COMMANDS = {
     "distil": ("gatewise.launch.distil", "train a pre-gate to choose as a checkpoint's routers do"),
     "bench": ("gatewise.launch.bench", "measure this machine: `bench layer`, `step`, `pregate`"),
     "compress": ("gatewise.launch.compress", "quantise a checkpoint's experts to a few bits"),
+    "plan": ("gatewise.launch.plan", "schedules of a step side by side, and the best one's plan"),
+    "simulate": ("gatewise.launch.simulate", "step time, memory and layout on a cluster"),
     "doctor": ("gatewise.launch.doctor", "show what is installed, what is missing, how to get it"),
 }
 

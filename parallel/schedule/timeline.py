@@ -7,13 +7,13 @@ slower by what the matrix says, so a task lasts as long as its work takes at its
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gatewise.parallel.schedule.cost import Interference
 from gatewise.parallel.schedule.plan import LANES, Lane, Plan, StageGraph, Task
 
-__all__ = ["Interval", "Program", "Timeline", "chrome_events", "play"]
+__all__ = ["Interval", "Program", "Timeline", "chrome_events", "joined", "play"]
 
 _ENDED = 1e-12  # work below this, in ms, is done: what subtraction leaves over
 
@@ -61,6 +61,18 @@ class Timeline:
             computing += compute
             moving += move
         return exposed
+
+
+def joined(lines: Sequence[Timeline]) -> Timeline:
+    """Return timelines one after the other."""
+    found: list[Interval] = []
+    start = 0.0
+    for line in lines:
+        found += [
+            replace(i, start_ms=i.start_ms + start, end_ms=i.end_ms + start) for i in line.intervals
+        ]
+        start += line.total_ms
+    return Timeline(tuple(found))
 
 
 class Program:

@@ -16,6 +16,8 @@ from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.cli import COMMANDS
 from gatewise.launch.doctor import DoctorConfig
 from gatewise.launch.generate import GenerateConfig
+from gatewise.launch.plan import PlanConfig
+from gatewise.launch.simulate import SimulateConfig
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import RunConfig, TrainConfig
 from gatewise.training.distil_config import DistilConfig
@@ -106,6 +108,8 @@ def parse(command: str) -> None:
             "bench layer": LayerBenchConfig,
             "distil": DistilConfig,
             "doctor": DoctorConfig,
+            "plan": PlanConfig,
+            "simulate": SimulateConfig,
         }
         load_settings(schemas[name], rest)
 
