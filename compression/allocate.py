@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gatewise.compression.config import Allocation, Budget, CompressConfig, Granularity
+from gatewise.compression.config import Allocation, Budget, CompressConfig, Fisher, Granularity
 from gatewise.compression.costs import CostKind, costs_of_layer
 from gatewise.compression.formats import TERNARY, MatrixFormat
 from gatewise.compression.knapsack import Infeasible, solve_knapsack
@@ -56,9 +56,12 @@ class _Item:
     weights: tuple[int, ...]
 
 
-def cost_kind(allocation: Allocation) -> CostKind | None:
-    """Return the formula that an allocation needs, or None for `uniform`."""
-    return _KINDS.get(allocation)
+def cost_kind(config: CompressConfig) -> CostKind | None:
+    """Return the formula that the allocation needs, or None for `uniform`."""
+    kind = _KINDS.get(config.allocation)
+    if kind is CostKind.fisher and config.fisher is Fisher.diagonal:
+        return CostKind.fisher_diagonal
+    return kind
 
 
 def measured_parts(config: CompressConfig) -> tuple[str, ...]:
@@ -143,7 +146,7 @@ def allocate(
 
 
 def _items(plan: Plan, found: LayerStatistics, config: CompressConfig) -> list[_Item]:
-    kind = cost_kind(config.allocation)
+    kind = cost_kind(config)
     assert kind is not None
     widths = config.width_list()
     parts = plan.of_layer(found.layer, "expert")

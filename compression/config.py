@@ -12,6 +12,7 @@ __all__ = [
     "Budget",
     "CalibrationConfig",
     "CompressConfig",
+    "Fisher",
     "Granularity",
     "GridConfig",
     "Kept",
@@ -25,7 +26,7 @@ __all__ = [
 class Allocation(Enum):
     """Which experts get the bits."""
 
-    fisher_global = "fisher_global"  # squared output error weighted by gradients, one budget
+    fisher_global = "fisher_global"  # output error weighted by gradients, one budget
     fisher_block = "fisher_block"  # the same, every block the same budget
     fnorm2_global = "fnorm2_global"  # squared output error, one budget
     fnorm2 = "fnorm2"  # the same, every block the same budget
@@ -36,6 +37,13 @@ class Allocation(Enum):
     weight = "weight"  # the widths of pmq_release, the widest to the largest gates
     random = "random"  # the widths of pmq_release, dealt at random
     uniform = "uniform"  # the widest single width that fits
+
+
+class Fisher(Enum):
+    """What the gradient of the loss is multiplied with, in `fisher_*` costs."""
+
+    token = "token"  # a token's whole change, then squared
+    diagonal = "diagonal"  # each channel's change, squared one by one
 
 
 class Budget(Enum):
@@ -153,6 +161,7 @@ class CompressConfig:
     budget: Budget = Budget.paper
     bytes: int | None = None  # instead of bits: all tensors of the artefact together
     allocation: Allocation = Allocation.fisher_global
+    fisher: Fisher = Fisher.token  # how fisher_* costs weigh a change by the gradient
     granularity: Granularity = Granularity.expert
     widths: str = "1,2,3"  # of experts: some of 1, 1.58, 2, 3, 4, 8
     method: Method = Method.gptq

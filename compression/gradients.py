@@ -1,8 +1,8 @@
-"""Squared gradients of the loss by the output of every MoE layer: the weights of `fisher` costs.
+"""Gradients of the loss by the output of every MoE layer, which `fisher` costs need.
 
 One backward pass of the whole model per calibration batch; this is the only part of a compression
-that holds all blocks at once. A batch's squares go to a file of their own, as bf16 (a relative
-error of 2^-8 in a weight of a sum), so a killed run goes on with the next batch.
+that holds all blocks at once. A batch's gradients go to a file of their own, as bf16 (a relative
+error of 2^-8 in the terms of a sum), so a killed run goes on with the next batch.
 
 Shapes:  B sequences   S positions   T tokens   D model width
 """
@@ -30,7 +30,7 @@ def measure_gradients(
     *,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> None:
-    """Write the squared gradients of each batch that is not there yet.
+    """Write the gradients of each batch that is not there yet.
 
     Args:
         model: fp32, all its weights; its parameters' gradients are not touched.
@@ -43,12 +43,12 @@ def measure_gradients(
     for index, token_BS in enumerate(token_batches):
         file = folder / _name(index)
         if not file.exists():
-            _write(file, _squared_gradients(model, token_BS))
+            _write(file, _output_gradients(model, token_BS))
         progress(index + 1)
 
 
 def read_gradients(folder: Path, batches: int, layer: int) -> Tensor:
-    """Return the squared gradients (T, D) of a layer over all batches, bf16."""
+    """Return the gradients (T, D) of a layer over all batches, bf16."""
     from safetensors import safe_open
 
     parts = []
@@ -58,17 +58,17 @@ def read_gradients(folder: Path, batches: int, layer: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _squared_gradients(model: Decoder, token_BS: Tensor) -> dict[str, Tensor]:
+def _output_gradients(model: Decoder, token_BS: Tensor) -> dict[str, Tensor]:
     token_BS = token_BS.to(model.embedding.device)
-    squares: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     with _only_activations(model), _outputs(model) as outputs:
         output = model(token_BS[:, :-1])
         loss = language_loss(model, output, token_BS[:, 1:])
         layers = sorted(outputs)
         gradients = torch.autograd.grad(loss, [outputs[layer] for layer in layers])
         for layer, gradient_TD in zip(layers, gradients, strict=True):
-            squares[str(layer)] = gradient_TD.detach().float().square().bfloat16().cpu()
-    return squares
+            found[str(layer)] = gradient_TD.detach().bfloat16().cpu()
+    return found
 
 
 @contextmanager

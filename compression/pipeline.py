@@ -3,7 +3,7 @@
 Each arrow is a file in the run's folder, so that a killed run goes on from the last complete one:
 
     calibration/sequences.json      which training sequences calibrate
-                gradients_*         squared gradients of each batch (fisher costs only)
+                gradients_*         gradients of each batch (fisher costs only)
                 layer_*.json        statistics and costs of the layers with experts
                 quantized_*.json    what there was to say of each quantised block
     .compressed.partial/            the artefact, a file per block; at the end `compressed/`
@@ -36,7 +36,7 @@ from gatewise.compression.artefact import (
 )
 from gatewise.compression.compare import Scores, compare_scores, score_windows
 from gatewise.compression.config import CompressConfig, Method, Perturbation
-from gatewise.compression.costs import CostKind
+from gatewise.compression.costs import FISHER_KINDS
 from gatewise.compression.cover import choose_sequences, count_by_sequence
 from gatewise.compression.gradients import measure_gradients, read_gradients
 from gatewise.compression.observe import see_feed_forward
@@ -227,12 +227,12 @@ def _calibration_batches(work: _Work, order: SequenceOrder) -> list[Tensor]:
 
 def _measure(work: _Work) -> list[LayerStatistics]:
     """Measure the costs of all layers on the uncompressed model."""
-    kind = cost_kind(work.config.allocation)
+    kind = cost_kind(work.config)
     if kind is None:
         return []
     files = {layer: work.calibration / f"layer_{layer:03d}.json" for layer in work.moe_layers()}
     if not all(file.exists() for file in files.values()):
-        if kind is CostKind.fisher:
+        if kind in FISHER_KINDS:
             _gradients(work)
         method = work.config.method
         if work.config.perturbation is Perturbation.rtn:
@@ -244,10 +244,10 @@ def _measure(work: _Work) -> list[LayerStatistics]:
                 file = files.get(layer)
                 if file is not None and not file.exists():
                     assert isinstance(block.feed_forward, MoELayer)
-                    weights = None
-                    if kind is CostKind.fisher:
-                        weights = read_gradients(work.calibration, len(work.batches), layer)
-                        weights = weights.to(work.source.device)
+                    gradient_TD = None
+                    if kind in FISHER_KINDS:
+                        gradient_TD = read_gradients(work.calibration, len(work.batches), layer)
+                        gradient_TD = gradient_TD.to(work.source.device)
                     found = measure_layer(
                         layer,
                         see_feed_forward(stream, block),
@@ -255,7 +255,7 @@ def _measure(work: _Work) -> list[LayerStatistics]:
                         widths=work.config.width_list(),
                         what=measured_parts(work.config),
                         quantiser=make_quantiser(work.config, method),
-                        squared_gradient_TD=weights,
+                        gradient_TD=gradient_TD,
                     )
                     replace_file(file, found.to_json())
                 stream.advance(block)

@@ -57,8 +57,8 @@ class ExpertHessians:
 class LayerStatistics:
     """Sums over the calibration tokens of one layer; lists have one value per expert.
 
-    `squared`, `norms`, `fisher` and `weight_error` are keyed by "<what>/<bits>", what being "both"
-    (not of `weight_error`), "in" or "out".
+    `squared`, `norms`, `fisher`, `diagonal` and `weight_error` are keyed by "<what>/<bits>", what
+    being "both" (not of `weight_error`), "in" or "out".
     """
 
     layer: int
@@ -72,7 +72,8 @@ class LayerStatistics:
     trace: dict[str, list[float]] = field(default_factory=dict)  # of Hessians by projection
     squared: dict[str, list[float]] = field(default_factory=dict)  # of the output's change
     norms: dict[str, list[float]] = field(default_factory=dict)  # the same, root of each batch
-    fisher: dict[str, list[float]] = field(default_factory=dict)  # weighted by squared gradients
+    fisher: dict[str, list[float]] = field(default_factory=dict)  # (gradient . change)^2 per token
+    diagonal: dict[str, list[float]] = field(default_factory=dict)  # the same without cross terms
     weight_error: dict[str, list[float]] = field(default_factory=dict)  # squared, of the weights
 
     def to_json(self) -> str:
@@ -154,7 +155,7 @@ def measure_layer(
     widths: Sequence[float],
     what: Sequence[str],
     quantiser: Quantiser,
-    squared_gradient_TD: Tensor | None = None,
+    gradient_TD: Tensor | None = None,
 ) -> LayerStatistics:
     """Measure what each width costs each expert.
 
@@ -165,7 +166,7 @@ def measure_layer(
         widths: to measure.
         what: which matrices are quantised together: some of "both", "in", "out".
         quantiser: the one that will be used, or a quicker one.
-        squared_gradient_TD: of the loss by the layer's output; None leaves `fisher` empty.
+        gradient_TD: of the loss by the layer's output; None leaves `fisher` and `diagonal` empty.
     """
     rows = expert_rows(seen, experts.num_local)
     found = usage(layer, seen, rows)
@@ -190,19 +191,22 @@ def measure_layer(
         for name in what:
             key = f"{name}/{width:g}"
             found.squared[key], found.norms[key] = [], []
-            if squared_gradient_TD is not None:
-                found.fisher[key] = []
+            if gradient_TD is not None:
+                found.fisher[key], found.diagonal[key] = [], []
             for expert, part in enumerate(rows):
                 use_in, use_out = _CHOICES[name]
                 w_in_GD = new_in[expert] if use_in else w_in_eGD[expert]
                 w_out_DF = new_out[expert] if use_out else w_out_eDF[expert]
                 moved_RD = exact[expert] - _output(seen, part, w_in_GD, w_out_DF, experts)
-                square_RD = (moved_RD.double() * part.weight_R.unsqueeze(1)).square()
+                step_RD = moved_RD.double() * part.weight_R.unsqueeze(1)
+                square_RD = step_RD.square()
                 found.squared[key].append(float(square_RD.sum()))
                 found.norms[key].append(_sum_of_norms(square_RD.sum(1), part, seen.batch_ends))
-                if squared_gradient_TD is not None:
-                    gradient_RD = squared_gradient_TD[part.token_R].double()
-                    found.fisher[key].append(float((gradient_RD * square_RD).sum()))
+                if gradient_TD is not None:
+                    gradient_RD = gradient_TD[part.token_R].double()
+                    found.fisher[key].append(float((gradient_RD * step_RD).sum(1).square().sum()))
+                    diagonal = (gradient_RD.square() * square_RD).sum()
+                    found.diagonal[key].append(float(diagonal))
     return found
 
 

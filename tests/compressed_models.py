@@ -66,6 +66,7 @@ def made_up_statistics(
                 statistics.squared[key] = left
                 statistics.norms[key] = [value**0.5 for value in left]
                 statistics.fisher[key] = [(layer + 1) ** 2 * value for value in left]
+                statistics.diagonal[key] = left
                 statistics.weight_error[key] = left
         found.append(statistics)
     return found

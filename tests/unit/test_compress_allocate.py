@@ -99,7 +99,7 @@ def test_permuted_experts_give_a_permuted_plan(allocation: Allocation) -> None:
             name: [getattr(found, name)[expert] for expert in order]
             for name in ("count", "gate", "gate_squared", "probability")
         }
-        for name in ("trace", "squared", "norms", "fisher", "weight_error"):
+        for name in ("trace", "squared", "norms", "fisher", "diagonal", "weight_error"):
             table = getattr(found, name)
             changes[name] = {key: [column[e] for e in order] for key, column in table.items()}
         permuted.append(replace(found, **changes))

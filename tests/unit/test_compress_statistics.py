@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gatewise.compression.costs import CostKind, costs_of_layer
+from gatewise.compression.costs import FISHER_KINDS, CostKind, costs_of_layer
 from gatewise.compression.formats import MatrixFormat, ZeroPoint
 from gatewise.compression.grids import GridSearch
 from gatewise.compression.observe import Seen, blend
@@ -59,7 +59,7 @@ def test_errors_of_routed_tokens_are_those_of_the_whole_layer(
         widths=[1.0, 2.0],
         what=("both", "in", "out"),
         quantiser=rounding,
-        squared_gradient_TD=gradient_TD,
+        gradient_TD=gradient_TD,
     )
     w_in, w_out = experts.w_in_eGD.detach(), experts.w_out_eDF.detach()
     exact_TD = whole_layer(seen, w_in, w_out)
@@ -77,8 +77,11 @@ def test_errors_of_routed_tokens_are_those_of_the_whole_layer(
                 key = f"{what}/{width:g}"
                 want = float(square_TD.sum())
                 assert found.squared[key][expert] == pytest.approx(want, rel=1e-5)
-                want = float((gradient_TD.double() * square_TD).sum())
-                assert found.fisher[key][expert] == pytest.approx(want, rel=1e-5)
+                step_TD = exact_TD - whole_layer(seen, one_in, one_out)
+                want = float((gradient_TD.double() * step_TD).sum(1).square().sum())
+                assert found.fisher[key][expert] == pytest.approx(want, rel=1e-4)
+                want = float((gradient_TD.double().square() * square_TD).sum())
+                assert found.diagonal[key][expert] == pytest.approx(want, rel=1e-5)
                 parts = torch.tensor_split(square_TD.sum(1), [32, 64])
                 want = sum(float(part.sum()) ** 0.5 for part in parts)
                 assert found.norms[key][expert] == pytest.approx(want, rel=1e-5)
@@ -107,7 +110,7 @@ def test_unchanged_weights_and_unused_experts_cost_nothing(
     assert found.squared["both/1"][3] == 0
     assert found.borrowed["in"][3] == found.borrowed["out"][3] == 1
     for kind in CostKind:
-        if kind is not CostKind.fisher:
+        if kind not in FISHER_KINDS:
             assert costs_of_layer(kind, found, [1.0])[3] == [0.0]
 
 
