@@ -38,6 +38,7 @@ from gatewise.training.checkpoint_folder import (
     sync_folder,
     write_durable,
 )
+from gatewise.training.checkpoint_format import encode_header
 from gatewise.training.state import model_ranges
 
 __all__ = [
@@ -60,28 +61,14 @@ ARTEFACT = "compressed"
 PARTIAL = ".compressed.partial"
 MANIFEST = "manifest.json"
 FORMAT = 1
-_CODES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-}
 
 
 def header_bytes(entries: Iterable[Entry]) -> bytes:
     """Return the head of a safetensors file of these tensors, in the order of their bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "content": "gatewise compressed"}}
-    offset = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": _CODES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.bytes],
-        }
-        offset += entry.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return encode_header(
+        ((entry.name, entry.dtype, entry.shape) for entry in entries),
+        content="gatewise compressed",
+    )
 
 
 def write_layer(

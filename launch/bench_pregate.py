@@ -18,7 +18,7 @@ from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
 from gatewise.launch.spawn import run_ranks
 from gatewise.launch.train import usage as train_usage
-from gatewise.launch.world import Place, threads_per_rank
+from gatewise.launch.world import Place, join_ranks, threads_per_rank
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.ahead.config import Exchange
 from gatewise.training.config import TrainConfig
@@ -139,15 +139,11 @@ def bench_rank(
     Returns:
         Per way the seconds and the loss of each step, and the counts of one step.
     """
-    from gatewise.parallel.runtime import running
     from gatewise.training.data import open_prepared
     from gatewise.training.observe import observe
     from gatewise.training.trainer import Trainer
 
-    parallel = replace(config.parallel, threads=place.threads)
-    with running(
-        parallel, rank=place.rank, world=place.world_size, init_method=place.init_method
-    ) as runtime:
+    with join_ranks(place, config.parallel) as runtime:
         trainers = {}
         for way in Exchange:
             ahead = replace(config.router.ahead, exchange=way)

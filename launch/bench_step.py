@@ -18,7 +18,7 @@ from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
 from gatewise.launch.spawn import run_ranks
 from gatewise.launch.train import usage as train_usage
-from gatewise.launch.world import Place, threads_per_rank
+from gatewise.launch.world import Place, join_ranks, threads_per_rank
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import TrainConfig
 
@@ -145,14 +145,10 @@ def profile_rank(
     """
     from torch.profiler import ProfilerActivity, profile
 
-    from gatewise.parallel.runtime import running
     from gatewise.training.data import open_prepared
     from gatewise.training.trainer import Trainer
 
-    parallel = replace(config.parallel, threads=place.threads)
-    with running(
-        parallel, rank=place.rank, world=place.world_size, init_method=place.init_method
-    ) as runtime:
+    with join_ranks(place, config.parallel) as runtime:
         trainer = Trainer(
             config,
             runtime,

@@ -14,7 +14,7 @@ from gatewise.launch.session import run_session
 from gatewise.launch.spawn import run_here, run_ranks, warm_up
 from gatewise.launch.tracking import make_sinks
 from gatewise.launch.usage import usage_text
-from gatewise.launch.world import Place, threads_per_rank
+from gatewise.launch.world import Place, join_ranks, threads_per_rank
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import TrainConfig
 from gatewise.training.distil_config import DistilConfig, student_config
@@ -69,16 +69,10 @@ def distil_rank(
         data_folder: of the prepared data.
         folder: of the run.
     """
-    from gatewise.parallel.runtime import running
     from gatewise.training.data import open_prepared
     from gatewise.training.distil import distil
 
-    with running(
-        dataclasses.replace(config.parallel, threads=place.threads),
-        rank=place.rank,
-        world=place.world_size,
-        init_method=place.init_method,
-    ) as runtime:
+    with join_ranks(place, config.parallel) as runtime:
         sinks = make_sinks(config, folder) if runtime.rank == 0 else []
         try:
             return distil(

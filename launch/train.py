@@ -8,8 +8,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from gatewise.launch.session import (
 from gatewise.launch.spawn import RankFailure, run_here, run_ranks, warm_up
 from gatewise.launch.tracking import check_tracking, make_sinks
 from gatewise.launch.usage import usage_text
-from gatewise.launch.world import Place, detect_world, threads_per_rank
+from gatewise.launch.world import Place, detect_world, join_ranks, threads_per_rank
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import TrainConfig
 from gatewise.training.sinks import close_all
@@ -92,23 +91,8 @@ def train_rank(
     Returns:
         What rank 0 has to report; on other ranks it is ignored.
     """
-    with _runtime(place, config) as runtime:
+    with join_ranks(place, config.parallel) as runtime:
         return _train(runtime, config, data_folder, folder)
-
-
-@contextmanager
-def _runtime(place: Place, config: TrainConfig) -> "Iterator[Runtime]":
-    """Join the other ranks."""
-    from gatewise.parallel.runtime import running
-
-    os.environ["LOCAL_RANK"] = str(place.local_rank)  # Slurm says it under another name
-    with running(
-        dataclasses.replace(config.parallel, threads=place.threads),
-        rank=place.rank,
-        world=place.world_size,
-        init_method=place.init_method,
-    ) as runtime:
-        yield runtime
 
 
 def _train(
@@ -147,7 +131,7 @@ def _run_member(config: TrainConfig, place: Place) -> int:
     threads = threads_per_rank(config.parallel.threads, place.local_world_size, os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     place = dataclasses.replace(place, threads=threads)
-    with _runtime(place, config) as runtime:
+    with join_ranks(place, config.parallel) as runtime:
         import torch.distributed as dist
 
         folder: RunFolder | None = None

@@ -3,13 +3,20 @@
 The only reader of the launchers' environment variables.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from gatewise.launch.machine import available_cores
+from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.errors import ConfigError
 
-__all__ = ["Place", "detect_world", "threads_per_rank"]
+if TYPE_CHECKING:
+    from gatewise.parallel.runtime import Runtime  # imports torch
+
+__all__ = ["Place", "detect_world", "join_ranks", "threads_per_rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,21 @@ def detect_world(environ: Mapping[str, str]) -> Place | None:
         local_rank=local_rank,
         local_world_size=local_world_size,
     )
+
+
+@contextmanager
+def join_ranks(place: Place, parallel: ParallelConfig) -> "Iterator[Runtime]":
+    """Join the other ranks; leave them at the end of the block."""
+    from gatewise.parallel.runtime import running
+
+    os.environ["LOCAL_RANK"] = str(place.local_rank)  # Slurm says it under another name
+    with running(
+        replace(parallel, threads=place.threads),
+        rank=place.rank,
+        world=place.world_size,
+        init_method=place.init_method,
+    ) as runtime:
+        yield runtime
 
 
 def threads_per_rank(setting: int | None, local_ranks: int, environ: Mapping[str, str]) -> int:

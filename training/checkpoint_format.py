@@ -130,20 +130,27 @@ def parse_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def encode_header(entries: Iterable[tuple[str, torch.dtype, int]]) -> bytes:
-    """Return the head of a data file whose ranges follow one another without gaps.
+def encode_header(
+    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, content: str
+) -> bytes:
+    """Return the head of a data file whose tensors follow one another without gaps.
 
     Args:
-        entries: name, type and number of elements of each range, in the order of the bytes.
+        entries: name, type and shape of each tensor, in the order of the bytes.
+        content: what kind of file it is.
 
     Returns:
         Length and JSON header, padded so that the data starts at a multiple of 8 bytes.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", "content": "flat ranges"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", "content": content}}
     offset = 0
-    for name, dtype, numel in entries:
-        end = offset + numel * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": [numel], "data_offsets": [offset, end]}
+    for name, dtype, shape in entries:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

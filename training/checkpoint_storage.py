@@ -109,7 +109,10 @@ class RangeWriter(StorageWriter):
         """Write this rank's file; the index knows its layout, so no results are returned."""
         placed = [item for item, _ in place_items(plan.items)]
         if placed:
-            header = encode_header((item.index.fqn, *type_and_numel(item)) for item in placed)
+            entries = ((item.index.fqn, *type_and_numel(item)) for item in placed)
+            header = encode_header(
+                ((name, dtype, (numel,)) for name, dtype, numel in entries), content="flat ranges"
+            )
             name = _file_name(self._rank)
             with DurableFile(self._folder / name) as file:
                 file.write(header)

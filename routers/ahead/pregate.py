@@ -11,26 +11,26 @@ Shapes:  B sequences   S positions   T = B * S tokens   V vocabulary   W width o
 Source:  Read-ME, arXiv:2410.19123; the recurrence over layers: RMoE, arXiv:2408.06793, eq. 3-6.
 """
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatewise.routers.ahead.base import DecidesAhead
 from gatewise.routers.ahead.config import AheadConfig, AheadKind, AheadTrunk
-from gatewise.routers.ahead.plan import RoutePlan
 from gatewise.routers.ahead.shapes import gru_weights, read_me_weights
 from gatewise.routers.ahead.table import HashGate
 from gatewise.routers.ahead.trunk import PrefixCache, Trunk
 from gatewise.routers.choice import stable_topk
 from gatewise.routers.shapes import Weight
-from gatewise.routers.weights import RouterWeights
 
 __all__ = ["GruGate", "PreGate", "ReadMeGate", "build_pregate"]
 
 
-class PreGate(RouterWeights):
-    """What all kinds share: choosing from logits, and the version of the parameters.
+class PreGate(DecidesAhead):
+    """What the learned kinds share: a trunk, and choosing from logits.
 
     Args:
         weights: parameters beside those of the trunk.
@@ -51,55 +51,22 @@ class PreGate(RouterWeights):
         num_experts: int,
         top_k: int,
     ) -> None:
-        super().__init__(weights)
-        self.config = config
-        self.layers, self.num_experts, self.top_k = layers, num_experts, top_k
-        self.version = 0  # grows with every change of the parameters
+        super().__init__(weights, config, layers=layers, num_experts=num_experts, top_k=top_k)
         heads = config.heads if config.trunk is AheadTrunk.block else 0
         self.trunk = Trunk(vocab_size, config.width, heads)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreGate":
-        super()._apply(fn, recurse)
-        self.advance()
-        return self
+    @abstractmethod
+    def logits(self, token_BS: Tensor, cache: PrefixCache | None = None) -> Tensor:
+        """Return logits (L, T, E), float32."""
 
-    def advance(self) -> None:
-        """Note that the parameters changed: plans made before are stale."""
-        self.version += 1
-
-    def plan(
-        self,
-        token_BS: Tensor,
-        *,
-        padding_T: Tensor | None = None,
-        cache: PrefixCache | None = None,
-    ) -> RoutePlan:
-        """Choose the experts of every layer; a choice depends on no later token.
-
-        Args:
-            token_BS: int64 token ids.
-            padding_T: True where a token is padding; it gets no expert.
-            cache: of the tokens before, extended in place.
-        """
+    def choose(self, token_BS: Tensor, cache: PrefixCache | None) -> tuple[Tensor, Tensor]:
+        """Return the experts with the largest logits, and the logits."""
         with torch.autocast(token_BS.device.type, enabled=False):
             logits_LTE = self.logits(token_BS, cache)
             decisions, tokens, experts = logits_LTE.shape
             flat_NE = torch.nan_to_num(logits_LTE.detach().reshape(-1, experts), nan=-1e30)
             expert_LTK = stable_topk(flat_NE, self.top_k).view(decisions, tokens, self.top_k)
-            if padding_T is not None:
-                expert_LTK = torch.where(padding_T.view(1, -1, 1), -1, expert_LTK)
-        return RoutePlan(
-            expert_LTK,
-            self.num_experts,
-            self.layers,
-            logits_LTE,
-            self.config.weighs,
-            self.version,
-        )
-
-    def logits(self, token_BS: Tensor, cache: PrefixCache | None = None) -> Tensor:
-        """Return logits (L, T, E), float32."""
-        raise NotImplementedError
+        return expert_LTK, logits_LTE
 
 
 class ReadMeGate(PreGate):

@@ -11,16 +11,15 @@ Source:  Hash layers, arXiv:2106.04426, section 3 (random and balanced tables); 
 import torch
 from torch import Tensor
 
+from gatewise.routers.ahead.base import DecidesAhead
 from gatewise.routers.ahead.config import AheadConfig
-from gatewise.routers.ahead.plan import RoutePlan
 from gatewise.routers.ahead.trunk import PrefixCache
 from gatewise.routers.hashing import balanced_table, expert_table
-from gatewise.routers.weights import RouterWeights
 
 __all__ = ["HashGate"]
 
 
-class HashGate(RouterWeights):
+class HashGate(DecidesAhead):
     """Chooses experts by token id alone.
 
     The tables start random, or as the file says; `balance` makes balanced ones. They are saved in
@@ -47,10 +46,7 @@ class HashGate(RouterWeights):
         top_k: int,
         path: str | None = None,
     ) -> None:
-        super().__init__({})
-        self.config = config
-        self.layers, self.num_experts, self.top_k = layers, num_experts, top_k
-        self.version = 0
+        super().__init__({}, config, layers=layers, num_experts=num_experts, top_k=top_k)
         self._path = path
         shape = (config.decisions(layers), vocab_size, top_k)
         self.register_buffer("table_LVK", torch.zeros(shape, dtype=torch.int32), persistent=False)
@@ -91,20 +87,7 @@ class HashGate(RouterWeights):
         """Return the tables."""
         return {"table": self.table_LVK}
 
-    def advance(self) -> None:
-        """Note that the tables changed: plans made before are stale."""
-        self.version += 1
-
-    def plan(
-        self,
-        token_BS: Tensor,
-        *,
-        padding_T: Tensor | None = None,
-        cache: PrefixCache | None = None,
-    ) -> RoutePlan:
-        """Look up the experts of every layer; see `PreGate.plan`."""
+    def choose(self, token_BS: Tensor, cache: PrefixCache | None) -> tuple[Tensor, None]:
+        """Look the experts up."""
         del cache  # a table has no context
-        expert_LTK = self.table_LVK[:, token_BS.flatten()].long()
-        if padding_T is not None:
-            expert_LTK = torch.where(padding_T.view(1, -1, 1), -1, expert_LTK)
-        return RoutePlan(expert_LTK, self.num_experts, self.layers, version=self.version)
+        return self.table_LVK[:, token_BS.flatten()].long(), None

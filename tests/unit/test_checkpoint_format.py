@@ -69,7 +69,7 @@ def test_gaps_and_partial_overlaps_are_named(
 
 
 def test_a_header_says_where_the_data_starts() -> None:
-    head = encode_header([("a", torch.float32, 3), ("b", torch.bool, 5)])
+    head = encode_header([("a", torch.float32, (3,)), ("b", torch.bool, (5,))], content="test")
     assert read_header_size(head[:8]) == len(head)
     assert len(head) % 8 == 0
 
