@@ -1,6 +1,6 @@
 """T6, T7 and T14 at several ranks: no router's numbers depend on the layout.
 
-The other properties of routers are in `tests/unit/test_router_properties.py`.
+The other properties of routers are in `tests/unit/test_router_*.py`, by number.
 """
 
 from dataclasses import replace
