@@ -130,7 +130,7 @@ class ComposedRouter(RouterWeights):
                     "of token ids"
                 )
             table_VK = torch.zeros(vocab_size, top_k, dtype=torch.int64)
-            self.register_buffer("table_VK", table_VK, persistent=False)
+            self.register_buffer("table_VK", table_VK)
         if not self.bias_E.is_meta:
             self.reset_state()
 
@@ -151,10 +151,12 @@ class ComposedRouter(RouterWeights):
             )
 
     def state(self) -> dict[str, Tensor]:
-        """Return what training changes beside the parameters, by name; kept in checkpoints."""
+        """Return what decides beside the parameters, by name; kept in checkpoints."""
         state = {"bias": self.bias_E}
         if self.config.sparsity_rate:
             state["loss_weight"] = self.loss_weight
+        if self.hashed:  # the file that it came from may change
+            state["table"] = self.table_VK
         return state
 
     @property

@@ -34,7 +34,7 @@ class RouterWeights(nn.Module):
         """Give what is not a parameter (biases, tables) its starting values."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return what training changes beside the parameters, by name; kept in checkpoints."""
+        """Return what decides beside the parameters, by name; kept in checkpoints."""
         return {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RouterWeights":

@@ -214,6 +214,8 @@ def _reduce_scalars(
 def _after_step(routers: Sequence[ComposedRouter], demand: Demand, finite: Tensor) -> None:
     """Let the routers move their balance state, and put it back where the step was skipped."""
     for router in routers:
+        if not router.moves:
+            continue
         before = {name: tensor.clone() for name, tensor in router.state().items()}
         router.after_step(demand)
         for name, tensor in router.state().items():

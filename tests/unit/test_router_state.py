@@ -31,7 +31,10 @@ def test_t14_a_state_dict_gives_the_same_bits_back(name: str) -> None:
     model = decoder(name, layers=2)
     for router in model.routers():
         for tensor in router.state().values():
-            tensor.add_(torch.rand(tensor.shape))
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand(tensor.shape))
+            else:  # another table than the one that the settings make
+                tensor.copy_(tensor.flip(0))
     other = decoder(name, layers=2)
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     one, two = model.eval()(token_ids()), other.eval()(token_ids())
