@@ -211,7 +211,8 @@ def test_t09_router_arithmetic_and_state_stay_fp32_in_a_bf16_model(name: str) ->
     model.bfloat16()
     assert model.embedding.dtype == torch.bfloat16
     for name_, tensor in (*router.named_parameters(), *router.state().items()):
-        assert tensor.dtype == torch.float32
+        # The table of a hash layer is the one piece of state that holds indices.
+        assert tensor.dtype == (torch.float32 if before[name_].is_floating_point() else torch.int64)
         assert torch.equal(tensor, before[name_])
     routing, context = router(tokens(6).bfloat16(), context_of(6), 0)
     assert routing.weight_TK.dtype == torch.float32
