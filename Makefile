@@ -3,7 +3,7 @@
 #
 #   make install                 .venv with gatewise and the tools of development
 #   make install TORCH=torch     ... with the newest torch of the index (machines with a GPU)
-#   make quickstart              train on 2 ranks, evaluate, print a sample
+#   make quickstart              train on 2 ranks, evaluate, print a sample, compress
 #   make quickstart ARGS=...     ... with other settings, as ARGS='steps=100 seed=1'
 #   make test                    format, lint, types, unit, distributed and end-to-end tests
 
@@ -52,6 +52,7 @@ install: $(VENV)/.dev
 quickstart: $(VENV)/.core
 	@$(BIN)/gatewise train experiment=quickstart run.dir='$(RUN)' $(ARGS)
 	@$(BIN)/gatewise generate checkpoint='$(RUN)' prompt='$(PROMPT)' tokens=200 run.dir='$(RUN)/sample'
+	@$(BIN)/gatewise compress checkpoint='$(RUN)' bits=2.5 run.dir='$(RUN)/2.5_bits'
 	@echo '$(abspath $(RUN))/result.json'
 
 lint: $(VENV)/.dev

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gatewise.launch.bench_peers import DENSE, OURS, Candidate, Cell, Weights, build
 from gatewise.moe.config import Activation
+from gatewise.parallel.runtime import return_freed_memory
 
 __all__ = ["main", "skewed_inputs"]
 
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
                 stream.write(json.dumps(row) + "\n")
             stream.flush()
             gc.collect()
+            return_freed_memory()  # cells of other sizes would pile up beside what is kept
     return 0
 
 

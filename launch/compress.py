@@ -19,7 +19,7 @@ from gatewise.parallel.errors import ConfigError
 if TYPE_CHECKING:
     from gatewise.launch.restore import Stored  # imports torch
 
-__all__ = ["StageProgress", "run", "usage"]
+__all__ = ["StageProgress", "comparison_table", "run", "usage"]
 
 _SUMMARY = """Quantise a Mixture-of-Experts checkpoint: exact bit allocation, GPTQ, packing.
 checkpoint=PATH is a run's folder, its checkpoints folder or one step. A killed run goes on when the
@@ -146,16 +146,13 @@ def _compress(config: CompressConfig, stored: "Stored", folder: Path) -> Mapping
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    bits, sizes = report["bits"], report["bytes"]
+    """Print what became of the model: widths and bits, then a table of before and after."""
+    bits = report["bits"]
     counts = ", ".join(f"{count} at {width}" for width, count in report["widths"]["all"].items())
     print(f"experts' matrices: {counts} bits")
     print(
         f"bits: {bits['experts']:.3f} experts, {bits['paper']:.3f} paper, "
         f"{bits['with_metadata']:.3f} with metadata, {bits['all_parameters']:.3f} all parameters"
-    )
-    print(
-        f"bytes: {sizes['on_disk']:,}; experts {sizes['experts']:,}, "
-        f"{sizes['experts_bf16'] / sizes['experts']:.2f} times smaller than bf16"
     )
     for row in report["coverage"]:
         if row["below_target"]:
@@ -163,10 +160,39 @@ def _show(report: Mapping[str, Any]) -> None:
                 f"layer {row['layer']}: {len(row['below_target'])} experts saw fewer than "
                 f"{row['target']} calibration tokens"
             )
-    found = report.get("evaluation")
+    print("\n".join(comparison_table(report)))
+
+
+def comparison_table(report: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the table of before and after."""
+    sizes, found = report["bytes"], report.get("evaluation")
+    ratio = sizes["experts_bf16"] / sizes["experts"]
+    rows = [("", "before", "after", "")]
     if found is not None:
-        print(
-            f"validation loss: {found['loss_before']:.4f} before, {found['loss_after']:.4f} after "
-            f"(+{found['delta_nats']:.4f} +- {found['standard_error']:.4f} nats per token); top-1 "
-            f"accuracy {found['accuracy_before']:.4f} before, {found['accuracy_after']:.4f} after"
-        )
+        delta, error = found["delta_nats"], found["standard_error"]
+        rows += [
+            (
+                "validation loss (nats per token)",
+                f"{found['loss_before']:.4f}",
+                f"{found['loss_after']:.4f}",
+                f"{delta:+.4f} +- {error:.4f}",
+            ),
+            (
+                "top-1 accuracy",
+                f"{found['accuracy_before']:.4f}",
+                f"{found['accuracy_after']:.4f}",
+                f"{-100 * found['accuracy_loss_relative']:+.2f} %",
+            ),
+        ]
+    rows += [
+        (
+            "experts (bytes; before: as bf16)",
+            f"{sizes['experts_bf16']:,}",
+            f"{sizes['experts']:,}",
+            f"{ratio:.2f} times smaller",
+        ),
+        ("all tensors (bytes)", "", f"{sizes['on_disk']:,}", ""),
+    ]
+    return [
+        f"{name:<34}{before:>12}{after:>12}   {note}".rstrip() for name, before, after, note in rows
+    ]

@@ -1,4 +1,4 @@
-"""Pictures of tables of numbers as SVG text: heat maps, histograms and lines.
+"""Pictures of tables of numbers as SVG text: heat maps, histograms, lines and points.
 
 Needs nothing but the standard library; a picture loads nothing from elsewhere.
 """
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-__all__ = ["Panel", "heat_maps", "histograms", "lines"]
+__all__ = ["Panel", "Series", "heat_maps", "histograms", "lines", "scatter"]
 
 # Okabe and Ito's palette: told apart also without full colour vision.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a6d00", "#555555")
 _LIGHT, _DARK = (247, 250, 252), (8, 69, 124)  # ends of the heat maps' scale
 _MARGIN, _TOP = 64, 58
 _HEIGHT_OF_TEXT = 13
+_TITLE, _LETTER = 9.4, 7.6  # widths of a letter in titles and in bold labels, from above
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,15 @@ class Panel:
 
     label: str
     rows: Sequence[Sequence[float]]  # all equally long
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points that belong together."""
+
+    label: str
+    points: Sequence[tuple[float, float, float]]  # x, y, half of the error bar
+    joined: bool = True  # by a line
 
 
 def heat_maps(
@@ -57,13 +67,15 @@ def heat_maps(
     number = max(len(row) for panel in panels for row in panel.rows)
     cell = max(6, min(46, 720 // max(number, 1)))
     rows = max(len(panel.rows) for panel in panels)
-    across = max(1, min(len(panels), 900 // (cell * number + _MARGIN)))
-    width = _MARGIN + across * (cell * number + _MARGIN)
+    longest = max(len(panel.label) for panel in panels)
+    wide = max(cell * number, round(_LETTER * longest)) + _MARGIN
+    across = max(1, min(len(panels), 900 // wide))
+    width = max(_MARGIN + across * wide, 40 + round(_TITLE * len(title)))
     step = cell * rows + 74
     height = _TOP + math.ceil(len(panels) / across) * step + 12
     parts = _open(title, max(width, 420), height)
     for index, panel in enumerate(panels):
-        left = _MARGIN + (index % across) * (cell * number + _MARGIN)
+        left = _MARGIN + (index % across) * wide
         top = _TOP + (index // across) * step + 22
         names = (row_names or range(len(panel.rows)), column_names or range(number))
         parts += _cells(panel, left, top, cell, scale=(low, high), names=names)
@@ -183,6 +195,88 @@ def lines(
         f"{escape(y_label)}</text>",
     ]
     return "\n".join([*parts, "</svg>", ""])
+
+
+def scatter(title: str, series: Sequence[Series], *, x_label: str, y_label: str) -> str:
+    """Draw points with error bars, y on a logarithmic scale.
+
+    Args:
+        title: of the picture.
+        series: at least one point in all; y above 0.
+        x_label: what x is.
+        y_label: what y is.
+
+    Returns:
+        The text of an SVG file.
+    """
+    left, top, span, tall = 84, _TOP, 560, 380
+    bottom = top + tall
+    points = [point for one in series for point in one.points]
+    x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
+    margin = 0.04 * (x_high - x_low) or 0.5
+    x_low, x_high = x_low - margin, x_high + margin
+    y_low = math.log10(min(p[1] for p in points)) - 0.08
+    y_high = math.log10(max(p[1] + p[2] for p in points)) + 0.08
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        height = (max(math.log10(y), y_low) - y_low) / (y_high - y_low) if y > 0 else 0.0
+        return left + span * (x - x_low) / (x_high - x_low), bottom - tall * height
+
+    label = max(len(one.label) for one in series)
+    width = left + span + 50 + round(_LETTER * label)
+    width = max(width, 40 + round(_TITLE * len(title)))
+    parts = _open(title, width, bottom + 56)
+    for value in _log_ticks(y_low, y_high):
+        _, y = place(x_low, value)
+        parts += [
+            f'<path d="M{left},{y:.1f}h{span}" stroke="#e3e3e0"/>',
+            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>',
+        ]
+    for value in _ticks(0.0, x_high):
+        if value >= x_low:
+            x, _ = place(value, 1.0)
+            parts.append(
+                f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{value:g}</text>'
+            )
+    parts.append(
+        f'<rect x="{left}" y="{top}" width="{span}" height="{tall}" fill="none" stroke="#8c8c8c"/>'
+    )
+    for index, one in enumerate(series):
+        colour = _COLOURS[index % len(_COLOURS)]
+        dashes = ("", "6 3", "2 3")[index // len(_COLOURS) % 3]
+        pixels = [(*place(x, y), *place(x, y - e), *place(x, y + e)) for x, y, e in one.points]
+        if one.joined:
+            text = " ".join(f"{pixel[0]:.1f},{pixel[1]:.1f}" for pixel in pixels)
+            parts.append(
+                f'<polyline points="{text}" fill="none" stroke="{colour}" stroke-width="1.8" '
+                f'stroke-dasharray="{dashes or "none"}"/>'
+            )
+        for px, py, _, lower, _, upper in pixels:
+            parts += [
+                f'<path d="M{px:.1f},{lower:.1f}V{upper:.1f}" stroke="{colour}"/>',
+                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.4" fill="{colour}"/>',
+            ]
+        y = top + 14 + 20 * index
+        parts += [
+            f'<path d="M{left + span + 12},{y - 4}h20" stroke="{colour}" stroke-width="1.8" '
+            f'stroke-dasharray="{dashes or "none"}"/>',
+            f'<text x="{left + span + 38}" y="{y}" fill="{colour}">{escape(one.label)}</text>',
+        ]
+    middle = (top + bottom) / 2
+    parts += [
+        f'<text x="{left + span / 2}" y="{bottom + 40}" text-anchor="middle">'
+        f"{escape(x_label)}</text>",
+        f'<text transform="translate({left - 56},{middle}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>",
+    ]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times the powers of ten between 10**low and 10**high."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    return [float(f"{value:.6g}") for value in values if 10**low <= value <= 10**high]
 
 
 def _open(title: str, width: int, height: int) -> list[str]:

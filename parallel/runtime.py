@@ -21,6 +21,7 @@ __all__ = [
     "keep_freed_memory",
     "memory_mb",
     "multiplies_bf16",
+    "return_freed_memory",
     "running",
     "start_runtime",
 ]
@@ -109,6 +110,18 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, never)) and bool(
         mallopt(m_arena_max, 1)
     )
+
+
+def return_freed_memory() -> bool:
+    """Give the system what the C allocator keeps; return whether this C library can.
+
+    For a change of work: memory kept for tensors of one size, in pieces, does not serve another.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return False
+    return bool(trim(0))
 
 
 def memory_mb(device: torch.device) -> float:

@@ -17,6 +17,7 @@ from gatewise.compression.config import Allocation, CalibrationConfig, Method
 from gatewise.compression.cover import choose_sequences
 from gatewise.compression.pipeline import Source, build_empty
 from gatewise.compression.stream import check_names
+from gatewise.launch.compress import comparison_table
 from gatewise.launch.restore import open_checkpoint, restore_model, restore_tokenizer
 from gatewise.moe.model import Decoder
 from gatewise.parallel.errors import CheckpointError, DataError
@@ -192,3 +193,22 @@ def test_pairs_of_windows_give_the_difference_and_its_error(source: Source) -> N
     assert compare_scores(
         half, replace(half, right_W=torch.tensor([3]))
     ).accuracy_loss_relative == (0.25)
+
+
+def test_the_table_puts_before_beside_after() -> None:
+    found = {
+        "loss_before": 4.0,
+        "loss_after": 4.25,
+        "delta_nats": 0.25,
+        "standard_error": 0.01,
+        "accuracy_before": 0.5,
+        "accuracy_after": 0.4,
+        "accuracy_loss_relative": 0.2,
+    }
+    sizes = {"experts": 1000, "experts_bf16": 6000, "on_disk": 2345}
+    loss, accuracy, experts, every = comparison_table({"bytes": sizes, "evaluation": found})[1:]
+    assert loss.split()[-5:] == ["4.0000", "4.2500", "+0.2500", "+-", "0.0100"]
+    assert accuracy.split()[-4:] == ["0.5000", "0.4000", "-20.00", "%"]
+    assert experts.split()[-5:] == ["6,000", "1,000", "6.00", "times", "smaller"]
+    assert every.split()[-1] == "2,345"
+    assert len(comparison_table({"bytes": sizes})) == 3  # where nothing was evaluated

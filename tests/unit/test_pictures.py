@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from gatewise.launch.pictures import Panel, heat_maps, histograms, lines
+from gatewise.launch.pictures import Panel, Series, heat_maps, histograms, lines, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -76,3 +76,28 @@ def test_lines_go_up_with_their_values_and_load_nothing() -> None:
     assert len(list(root.iter(f"{SVG}polyline"))) == 8
     assert "href" not in text
     ET.fromstring(lines("t", [5], [("one", [0.5])], x_label="", y_label=""))
+
+
+def test_a_long_title_or_label_widens_a_picture_of_few_columns() -> None:
+    title, label = "a title of many words that says what is shown", "a label of its own length"
+    panels = [Panel(label, [[0.0, 1.0]]), Panel(label, [[1.0, 0.0]])]
+    text = heat_maps(title, panels, row_label="", column_label="")
+    box = re.search(r'viewBox="0 0 (\d+) (\d+)"', text)
+    assert box is not None
+    assert int(box[1]) >= 9 * len(title)
+    first, second = (
+        float(node.get("x", ""))
+        for node in ET.fromstring(text).iter(f"{SVG}text")
+        if node.text == label
+    )
+    assert second - first >= 7 * len(label)
+    assert second + 7 * len(label) <= int(box[1])
+
+
+def test_points_rise_with_the_logarithm_of_their_value() -> None:
+    series = [Series("a & b", [(1.0, 0.01, 0.001), (2.0, 0.1, 0.05), (3.0, 1.0, 0.0)])]
+    root = ET.fromstring(scatter("t", series, x_label="x", y_label="y"))
+    heights = [float(circle.get("cy", "")) for circle in root.iter(f"{SVG}circle")]
+    assert heights[0] > heights[1] > heights[2]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
+    assert any(node.text == "a & b" for node in root.iter(f"{SVG}text"))
