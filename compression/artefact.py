@@ -9,8 +9,8 @@
 
 While it is made the folder is called `.compressed.partial`; each file in it is complete.
 
-`read_parts` gives the codes as they are: kernels that compute with codes start there. `fill_model`
-puts dequantised weights into an ordinary model.
+`read_parts` gives the codes as they are. `fill_model` puts dequantised weights into an ordinary
+model; `runtime.py` builds one that computes with the codes.
 
 Read first: `plan.py`.
 """
@@ -49,10 +49,13 @@ __all__ = [
     "finish_artefact",
     "header_bytes",
     "is_artefact",
+    "place_kept",
     "place_part",
     "read_parts",
     "read_plan",
+    "read_tensors",
     "replace_file",
+    "take_part",
     "verify_artefact",
     "write_layer",
 ]
@@ -211,6 +214,17 @@ def read_parts(
     """Read one file: the quantised matrices by the names of their parts, and the kept tensors.
 
     Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    tensors = read_tensors(path, plan, number)
+    parts = plan.of_layer(number - 1) if number else ()
+    return {part.name: take_part(tensors, part) for part in parts}, tensors
+
+
+def read_tensors(path: Path, plan: Plan, number: int) -> dict[str, Tensor]:
+    """Read one file as it is, codes packed.
+
+    Raises:
         CheckpointError: if a planned tensor is missing or of another shape, or one is not planned.
     """
     from safetensors import SafetensorError
@@ -233,14 +247,16 @@ def read_parts(
                 f"{path / name}: '{known}' is {here.dtype}{list(here.shape)}, but planned as "
                 f"{there.dtype}{list(there.shape)}"
             )
-    parts = {}
-    for part in plan.of_layer(number - 1) if number else ():
-        shape = part.shape
-        code_NK = unpack_codes(tensors.pop(f"{part.name}.codes"), shape.bits, shape.columns)
-        scale_NG = tensors.pop(f"{part.name}.scale")
-        zero_NG = tensors.pop(f"{part.name}.zero") if shape.has_zero else None
-        parts[part.name] = Quantized(shape, code_NK, scale_NG, zero_NG)
-    return parts, tensors
+    return tensors
+
+
+def take_part(tensors: dict[str, Tensor], part: Part) -> Quantized:
+    """Take one matrix out of what `read_tensors` returned."""
+    shape = part.shape
+    code_NK = unpack_codes(tensors.pop(f"{part.name}.codes"), shape.bits, shape.columns)
+    scale_NG = tensors.pop(f"{part.name}.scale")
+    zero_NG = tensors.pop(f"{part.name}.zero") if shape.has_zero else None
+    return Quantized(shape, code_NK, scale_NG, zero_NG)
 
 
 def fill_model(model: Decoder, path: Path, plan: Plan, numbers: Iterable[int]) -> None:
@@ -261,10 +277,19 @@ def fill_model(model: Decoder, path: Path, plan: Plan, numbers: Iterable[int]) -
         parts, kept = read_parts(path, plan, number)
         for name, matrix in parts.items():
             place_part(ranges, by_name[name], matrix, path)
-        for name, tensor in kept.items():
-            if name not in ranges or ranges[name].shape != tuple(tensor.shape):
-                raise CheckpointError(f"checkpoint {path}: the model has no '{name}' of this shape")
-            ranges[name].data.copy_(tensor.reshape(-1))
+        place_kept(ranges, kept, path)
+
+
+def place_kept(ranges: Mapping[str, Any], kept: Mapping[str, Tensor], path: Path) -> None:
+    """Write the tensors that are not quantised to their places.
+
+    Raises:
+        CheckpointError: if the model has no such place.
+    """
+    for name, tensor in kept.items():
+        if name not in ranges or ranges[name].shape != tuple(tensor.shape):
+            raise CheckpointError(f"checkpoint {path}: the model has no '{name}' of this shape")
+        ranges[name].data.copy_(tensor.reshape(-1))
 
 
 def place_part(ranges: Mapping[str, Any], part: Part, matrix: Quantized, path: Path) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "Perturbation",
     "PmqConfig",
     "TextConfig",
+    "Weights",
 ]
 
 
@@ -81,6 +82,13 @@ class Kept(Enum):
 
     bf16 = "bf16"
     fp32 = "fp32"
+
+
+class Weights(Enum):
+    """How the quantised weights of a compressed model are held while it runs."""
+
+    packed = "packed"  # as codes, which kernels read
+    dequantised = "dequantised"  # as numbers, as those of any model
 
 
 @dataclass(kw_only=True, slots=True)

@@ -61,7 +61,7 @@ from gatewise.training.config import TrainConfig
 from gatewise.training.data import PreparedData, SequenceOrder, read_batch
 from gatewise.training.state import model_ranges
 
-__all__ = ["Progress", "Source", "build_empty", "compress", "load_compressed"]
+__all__ = ["Progress", "Source", "build_empty", "compress", "load_compressed", "planned_shapes"]
 
 _logger = logging.getLogger(__name__)
 _OPTIMIZER = ("adam_m/", "adam_v/")
@@ -161,13 +161,13 @@ def load_compressed(
 ) -> Decoder:
     """Build a model from an artefact, with its weights dequantised to fp32."""
     model = build_empty(config, vocab_size)
-    check_names(model, _planned_shapes(plan), source=str(path))
+    check_names(model, planned_shapes(plan), source=str(path))
     give_memory(model, device)
     fill_model(model, path, plan, range(plan.layers + 1))
     return model.eval()
 
 
-def _planned_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+def planned_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the tensors that a plan's parts and kept tensors make, by name."""
     shapes = {item.name: item.shape for item in plan.kept}
     slices: dict[str, int] = {}

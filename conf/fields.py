@@ -11,12 +11,20 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gatewise.parallel.errors import ConfigError
 
-__all__ = ["Field", "field_table", "nearest", "parse_override", "unknown_name"]
+__all__ = [
+    "Field",
+    "field_table",
+    "nearest",
+    "parse_override",
+    "split_overrides",
+    "unknown_name",
+]
 
+_Schema = TypeVar("_Schema")
 _COMMENT = re.compile(r"^    (\w+)\s*:.*?\s#\s*(.+?)\s*$")
 _BOOLEANS = {
     "true": True,
@@ -131,6 +139,31 @@ def parse_override(
     if name not in table:
         raise ConfigError(unknown_name(name, table, groups=groups))
     return name, value
+
+
+def split_overrides(schema: type[_Schema], arguments: Sequence[str]) -> tuple[_Schema, list[str]]:
+    """Part the fields of a command's own settings from those of the run that it looks at.
+
+    Args:
+        schema: dataclass of the command's own fields, all with defaults.
+        arguments: of the command line.
+
+    Returns:
+        The settings, and the arguments that name none of them.
+
+    Raises:
+        ConfigError: if a field of the command does not take its value.
+    """
+    table = field_table(schema)
+    own: dict[str, Any] = {}
+    rest: list[str] = []
+    for text in arguments:
+        if text.lstrip("+").partition("=")[0].strip() in table:
+            name, value = parse_override(text, table)
+            own[name] = table[name].parse(value)
+        else:
+            rest.append(text)
+    return schema(**own), rest
 
 
 def unknown_name(name: str, table: Mapping[str, Field], *, groups: Iterable[str] = ()) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gatewise.conf.compose import override_config
-from gatewise.conf.fields import Field, field_table, parse_override
+from gatewise.conf.fields import field_table, split_overrides
 from gatewise.launch.run_folder import RunFolder, writable
 from gatewise.launch.session import run_session
 from gatewise.launch.usage import usage_text
@@ -84,16 +84,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[AnalyzeConfig, list[str]]
     Raises:
         ConfigError: if a field of this command does not take its value.
     """
-    table: dict[str, Field] = field_table(AnalyzeConfig)
-    own: dict[str, Any] = {}
-    rest: list[str] = []
-    for text in arguments:
-        if text.lstrip("+").partition("=")[0].strip() in table:
-            name, value = parse_override(text, table)
-            own[name] = table[name].parse(value)
-        else:
-            rest.append(text)
-    return AnalyzeConfig(**own), rest
+    return split_overrides(AnalyzeConfig, arguments)
 
 
 def _analyze(stored: "Stored", own: AnalyzeConfig, folder: Path) -> Mapping[str, Any]:

@@ -110,8 +110,16 @@ def run(overrides: Sequence[str]) -> int:
     return run_session("bench layer", folder, lambda: _measure(config, names, folder))
 
 
-def split(text: str, name: str, parse: Callable[[str], _Item]) -> list[_Item]:
+def split(
+    text: str, name: str, parse: Callable[[str], _Item], *, allowed: str | None = None
+) -> list[_Item]:
     """Return the parsed parts of a list written with commas.
+
+    Args:
+        text: the list.
+        name: of the field.
+        parse: raises KeyError or ValueError for what the field does not take.
+        allowed: what it takes, in words; None: what this benchmark's field of that name does.
 
     Raises:
         ValueError: naming the field and the part.
@@ -121,7 +129,8 @@ def split(text: str, name: str, parse: Callable[[str], _Item]) -> list[_Item]:
         try:
             items.append(parse(part))
         except (KeyError, ValueError):
-            raise ValueError(f"{name} has {part!r}; it takes {_ALLOWED[name]}") from None
+            takes = allowed or _ALLOWED[name]
+            raise ValueError(f"{name} has {part!r}; it takes {takes}") from None
     return items
 
 

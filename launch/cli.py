@@ -24,7 +24,10 @@ COMMANDS = {
     "analyze": ("gatewise.launch.analyze", "measure what a checkpoint's routers do"),
     "generate": ("gatewise.launch.generate", "continue a prompt with a checkpoint"),
     "distil": ("gatewise.launch.distil", "train a pre-gate to choose as a checkpoint's routers do"),
-    "bench": ("gatewise.launch.bench", "measure this machine: `bench layer`, `step`, `pregate`"),
+    "bench": (
+        "gatewise.launch.bench",
+        "measure this machine: `bench layer`, `step`, `kernels`, `pregate`",
+    ),
     "compress": ("gatewise.launch.compress", "quantise a checkpoint's experts to a few bits"),
     "plan": ("gatewise.launch.plan", "schedules of a step side by side, and the best one's plan"),
     "simulate": ("gatewise.launch.simulate", "step time, memory and layout on a cluster"),

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,12 @@ from gatewise.conf.compose import load_settings
 from gatewise.conf.fields import field_table
 from gatewise.launch import machine
 from gatewise.launch.run_folder import RunFolder
-from gatewise.launch.session import run_session
+from gatewise.launch.session import EXIT_CRASH, run_session
 from gatewise.launch.usage import usage_text
+from gatewise.moe.ops.build import build_library, cache_folder, find_compiler, library_path
 from gatewise.training.config import RunConfig
 
-__all__ = ["run", "usage"]
+__all__ = ["DoctorConfig", "run", "usage", "without_build"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,20 +50,30 @@ _OPTIONAL = (
 def usage(arguments: Sequence[str]) -> str:
     """Return the help of the command."""
     return usage_text(
-        "doctor",
-        "Show versions, processor, backends and optional packages.",
-        field_table(load_settings(DoctorConfig, arguments)),
+        "doctor [--build]",
+        "Show versions, processor, backends and optional packages; --build compiles the kernels.",
+        field_table(load_settings(DoctorConfig, without_build(arguments))),
     )
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the findings and store them in `result.json`; finding something missing is no error."""
-    config = load_settings(DoctorConfig, arguments)
+    """Print the findings and store them in `result.json`; finding something missing is no error.
+
+    With --build the CPU kernels are compiled first, and not being able to is an error.
+    """
+    rest = without_build(arguments)
+    config = load_settings(DoctorConfig, rest)
     folder = RunFolder.choose(config.run.dir, "doctor")
-    return run_session("doctor", folder, _examine)
+    return run_session("doctor", folder, lambda: _examine(build=len(rest) < len(arguments)))
 
 
-def _examine() -> dict[str, Any]:
+def without_build(arguments: Sequence[str]) -> list[str]:
+    """Return the settings among the arguments."""
+    return [word for word in arguments if word != "--build"]
+
+
+def _examine(*, build: bool) -> dict[str, Any]:
+    kernels = _kernels(build=build)
     found: dict[str, Any] = {
         "versions": machine.versions(),
         "cpu": machine.cpu_model(),
@@ -71,22 +81,43 @@ def _examine() -> dict[str, Any]:
         "memory_mb": machine.memory_mb(),
         "cpu_features": machine.cpu_features(),
         "allocator": machine.allocator(),
-        "compiler": _compiler(),
+        "compiler": find_compiler(),
+        "kernels": kernels,
         "backends": _backends(),
         "optional": {package.name: _look_for(package) for package in _OPTIONAL},
     }
     found["optional"]["apex"] = _look_for_apex()
     _show(found)
+    if build and "problem" in kernels:
+        found |= {"exit": EXIT_CRASH, "error": f"the kernels were not built: {kernels['problem']}"}
     return found
 
 
-def _compiler() -> str | None:
-    """Return the C++ compiler that kernels would be built with."""
-    for name in ("c++", "g++", "clang++"):
-        path = shutil.which(name)
-        if path:
-            return path
-    return None
+def _kernels(*, build: bool) -> dict[str, Any]:
+    """Say where the compiled CPU kernels are, after compiling them if asked to."""
+    found: dict[str, Any] = {"library": None, "instructions": []}
+    try:
+        compiler, folder = find_compiler(), cache_folder()
+        if compiler is None:
+            raise RuntimeError("no C++ compiler found; install g++ or clang++")
+        if build:
+            build_library(compiler, folder)
+        library = library_path(compiler, folder)
+        if library.exists():
+            found["library"] = str(library)
+            found["instructions"] = _instructions()
+    except (OSError, RuntimeError, ImportError) as error:
+        found["problem"] = " ".join(str(error).split())
+    return found
+
+
+def _instructions() -> list[str]:
+    """Return what products with packed weights are compiled for; imports torch."""
+    from gatewise.moe.ops.native import load_kernels
+    from gatewise.moe.ops.native_packed import PackedKernels
+
+    kernels = load_kernels()
+    return [found.name for found in PackedKernels.sets(kernels.library)] if kernels else []
 
 
 def _backends() -> dict[str, Any]:
@@ -162,6 +193,7 @@ def _show(found: Mapping[str, Any]) -> None:
         ("bf16 units", "yes" if {"amx_bf16", "avx512_bf16", "bf16"} & set(features) else "no"),
         ("allocator", found["allocator"]),
         ("compiler", found["compiler"] or "none: kernels fall back to torch (install g++)"),
+        ("kernels", _kernels_text(found["kernels"])),
     ]
     for name, value in found["backends"].items():
         rows.append((name, _shown(value)))
@@ -176,6 +208,15 @@ def _show(found: Mapping[str, Any]) -> None:
         if "install" in package:
             text += f" -> {package['install']}"
         print(text)
+
+
+def _kernels_text(kernels: Mapping[str, Any]) -> str:
+    if kernels["library"] is None:
+        if "problem" in kernels:
+            return f"none: {kernels['problem']}"
+        return "not built: they are at first use, or now by gatewise doctor --build"
+    packed = ", ".join(kernels["instructions"]) or "torch"
+    return f"built; products with packed weights: {packed}"
 
 
 def _shown(value: object) -> str:

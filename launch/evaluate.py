@@ -1,12 +1,13 @@
 """`gatewise evaluate`: the loss of a checkpoint on the validation split of a text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gatewise.compression.config import Weights
 from gatewise.conf.compose import override_config
-from gatewise.conf.fields import field_table
+from gatewise.conf.fields import field_table, split_overrides
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
 from gatewise.launch.usage import usage_text
@@ -16,7 +17,7 @@ from gatewise.training.config import RunConfig, TrainConfig
 if TYPE_CHECKING:
     from gatewise.launch.restore import Stored  # imports torch
 
-__all__ = ["run", "usage"]
+__all__ = ["EvaluateConfig", "run", "split_arguments", "usage"]
 
 _SECTIONS = ("data", "evaluation", "precision")
 _SUMMARY = """Measure a checkpoint on the validation split of its own text, or of data.path.
@@ -24,9 +25,17 @@ checkpoint=PATH is a run's folder, its checkpoints folder or one step; all other
 the run was trained with (the defaults below are those of a new run)."""
 
 
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Fields of the command's own."""
+
+    checkpoint: str | None = None  # a run's folder, its checkpoints folder or one step
+    weights: Weights | None = None  # of a compressed model; null: packed
+
+
 def usage(arguments: Sequence[str]) -> str:
     """Return the help of the command."""
-    table = {
+    table = field_table(EvaluateConfig) | {
         name: field
         for name, field in field_table(TrainConfig()).items()
         if name == "run.dir" or name.partition(".")[0] in _SECTIONS
@@ -37,34 +46,31 @@ def usage(arguments: Sequence[str]) -> str:
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate as the command line says and return the exit code."""
-    own, rest = _split(arguments)
-    if "checkpoint" not in own:
+    own, rest = split_arguments(arguments)
+    if own.checkpoint is None:
         raise ConfigError("checkpoint is not set; give checkpoint=PATH, a run's folder or a step")
-    from gatewise.launch.restore import open_checkpoint
+    from gatewise.launch.restore import check_weights, open_checkpoint
 
-    stored = open_checkpoint(own["checkpoint"])
+    stored = open_checkpoint(own.checkpoint)
+    weights = check_weights(stored, own.weights)
     config = override_config(
         replace(stored.config, run=RunConfig()), rest, sections=(*_SECTIONS, "run")
     )
     folder = RunFolder.choose(config.run.dir, "evaluate")
     stored = replace(stored, config=config)
-    return run_session("evaluate", folder, lambda: _evaluate(stored, folder.path))
+    return run_session("evaluate", folder, lambda: _evaluate(stored, weights, folder.path))
 
 
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Part the fields of this command from those of the run."""
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    for text in arguments:
-        name, equals, value = text.lstrip("+").partition("=")
-        if equals and name == "checkpoint":
-            own[name] = value
-        else:
-            rest.append(text)
-    return own, rest
+def split_arguments(arguments: Sequence[str]) -> tuple[EvaluateConfig, list[str]]:
+    """Part the fields of this command from those of the run.
+
+    Raises:
+        ConfigError: if a field of this command does not take its value.
+    """
+    return split_overrides(EvaluateConfig, arguments)
 
 
-def _evaluate(stored: "Stored", folder: Path) -> Mapping[str, Any]:
+def _evaluate(stored: "Stored", weights: Weights, folder: Path) -> Mapping[str, Any]:
     from gatewise.launch.restore import restore_data, restore_model
     from gatewise.parallel.config import ParallelConfig
     from gatewise.parallel.runtime import running
@@ -74,7 +80,7 @@ def _evaluate(stored: "Stored", folder: Path) -> Mapping[str, Any]:
     data = restore_data(stored, folder)
     with running(ParallelConfig()) as runtime:
         evaluation = evaluate(
-            restore_model(stored, device=runtime.device),
+            restore_model(stored, device=runtime.device, weights=weights),
             data,
             config.evaluation,
             sequence_length=config.data.sequence_length,

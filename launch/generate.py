@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gatewise.compression.config import Weights
 from gatewise.conf.compose import load_settings
 from gatewise.conf.fields import field_table
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
+from gatewise.launch.spawn import peak_rss_mb
 from gatewise.launch.usage import usage_text
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import Precision, RunConfig
@@ -27,6 +29,7 @@ class GenerateConfig:
     top_k: int = 50  # draw among so many; 0: all
     seed: int = 0  # the same seed gives the same text
     precision: Precision | None = None  # None: as the run was trained
+    weights: Weights | None = None  # of a compressed model; None: packed
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -53,33 +56,52 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _generate(config: GenerateConfig, checkpoint: str) -> Mapping[str, Any]:
-    from gatewise.launch.restore import open_checkpoint, restore_model, restore_tokenizer
+    from gatewise.compression.runtime import weight_bytes
+    from gatewise.launch.restore import (
+        check_weights,
+        open_checkpoint,
+        restore_model,
+        restore_tokenizer,
+    )
     from gatewise.parallel.config import ParallelConfig
     from gatewise.parallel.runtime import running
-    from gatewise.training.generate import Sampling, stream_text
+    from gatewise.training.generate import Sampling, Tally, stream_text
 
     sampling = Sampling(
         tokens=config.tokens, temperature=config.temperature, top_k=config.top_k, seed=config.seed
     )
     stored = open_checkpoint(checkpoint)
+    weights = check_weights(stored, config.weights)
     if config.precision is not None:
         stored = replace(stored, config=replace(stored.config, precision=config.precision))
     tokenizer = restore_tokenizer(stored)
     pieces: list[str] = []
     with running(ParallelConfig()) as runtime:
-        model = restore_model(stored, device=runtime.device)
-        began = time.perf_counter()
+        model = restore_model(stored, device=runtime.device, weights=weights)
+        tally, began = Tally(), time.perf_counter()
         print(config.prompt, end="", flush=True)
-        for piece in stream_text(model, tokenizer, config.prompt, sampling):
+        for piece in stream_text(model, tokenizer, config.prompt, sampling, tally):
             pieces.append(piece)
             print(piece, end="", flush=True)
         seconds = time.perf_counter() - began
+        weights_mb = weight_bytes(model) / 2**20
     print(flush=True)
     text = "".join(pieces)
+    if tally.tokens_per_second is not None:
+        print(
+            f"{tally.tokens_per_second:.1f} tokens per second after {tally.prompt_seconds:.3f} s "
+            f"for a prompt of {tally.prompt_tokens} tokens; weights {weights_mb:.1f} MiB, process "
+            f"at most {peak_rss_mb():.0f} MiB"
+        )
     return {
         "checkpoint": str(stored.path),
         "step": stored.step,
         "prompt": config.prompt,
         "text": text,
         "characters_per_second": len(text) / max(seconds, 1e-9),
+        "tokens_per_second": tally.tokens_per_second,
+        "prompt_tokens": tally.prompt_tokens,
+        "prompt_seconds": tally.prompt_seconds,
+        "weights": weights.name if stored.is_compressed else "dense",
+        "weights_mb": weights_mb,
     }

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from gatewise.compression.artefact import find_artefact, is_artefact, read_plan, verify_artefact
+from gatewise.compression.config import Weights
 from gatewise.compression.pipeline import load_compressed
+from gatewise.compression.runtime import load_packed
 from gatewise.conf.compose import config_from_yaml
 from gatewise.moe.model import Decoder, set_precision
 from gatewise.moe.parallelize import build_model
 from gatewise.parallel.collectives import NO_GROUP
-from gatewise.parallel.errors import CheckpointError
+from gatewise.parallel.errors import CheckpointError, ConfigError
 from gatewise.training.checkpoint_folder import read_json
 from gatewise.training.checkpointer import find_latest, load, read_meta, verify
 from gatewise.training.config import TrainConfig
@@ -27,6 +29,7 @@ from gatewise.training.trainer import resolve_dtype
 __all__ = [
     "Stored",
     "check_resume",
+    "check_weights",
     "locate_checkpoint",
     "open_checkpoint",
     "restore_data",
@@ -55,6 +58,20 @@ class Stored:
     def step(self) -> int:
         """Optimizer steps it has behind it."""
         return int(self.meta["step"])
+
+
+def check_weights(stored: Stored, weights: Weights | None) -> Weights:
+    """Return how weights are held: packed unless something else was asked for.
+
+    Raises:
+        ConfigError: if it was asked of a checkpoint that is not compressed.
+    """
+    if weights is not None and not stored.is_compressed:
+        raise ConfigError(
+            f"weights is {weights.name}, but checkpoint {stored.path} is not compressed; leave "
+            "weights out, or run `gatewise compress` first"
+        )
+    return weights or Weights.packed
 
 
 def locate_checkpoint(name: str) -> Path:
@@ -145,16 +162,20 @@ def restore_data(stored: Stored, folder: Path) -> PreparedData:
     return prepare_data(replace(stored.config.data, tokenizer_path=path))
 
 
-def restore_model(stored: Stored, *, device: torch.device) -> Decoder:
+def restore_model(
+    stored: Stored, *, device: torch.device, weights: Weights = Weights.dequantised
+) -> Decoder:
     """Build the model with all its experts on this rank and fill it.
 
     Args:
         stored: the checkpoint; `stored.config.precision` chooses the type of its matrices.
         device: where the model goes.
+        weights: how those of a compressed model are held; others have only one way.
     """
     config, vocab_size = stored.config, int(stored.meta["vocab_size"])
     if stored.is_compressed:
-        model = load_compressed(config, vocab_size, stored.path, read_plan(stored.path), device)
+        read = load_packed if weights is Weights.packed else load_compressed
+        model = read(config, vocab_size, stored.path, read_plan(stored.path), device)
         set_precision(model, resolve_dtype(config.precision, device))
         return model
     model = build_model(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatewise.moe.packed import multiply
 from gatewise.routers.ahead.trunk import PrefixCache
 
 __all__ = ["Attention", "KeyValueCache", "RMSNorm", "rotary_tables"]
@@ -95,7 +96,7 @@ class Attention(nn.Module):
             cache: earlier keys and values, extended in place; None while training.
         """
         batch, positions, hidden = x_BSD.shape
-        qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_width)
+        qkv = multiply(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_width)
         q, k, v_BSJW = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
         q_BHSW = _rotate(self.norm_q(q), rotary).transpose(1, 2)
         k_BJSW = _rotate(self.norm_k(k), rotary).transpose(1, 2)
@@ -117,7 +118,7 @@ class Attention(nn.Module):
             is_causal=causal and positions > 1,
             enable_gqa=self.kv_heads != self.heads,
         )
-        return F.linear(y_BHSW.transpose(1, 2).reshape(batch, positions, hidden), self.w_out)
+        return multiply(y_BHSW.transpose(1, 2).reshape(batch, positions, hidden), self.w_out)
 
 
 def rotary_tables(

@@ -16,7 +16,7 @@ from gatewise.moe.experts import GroupedExperts
 from gatewise.parallel.collectives import NO_GROUP, Group, reduce_scatter_sum
 from gatewise.routers.api import ExpertColumns
 
-__all__ = ["gather_columns"]
+__all__ = ["column_statistics", "gather_columns"]
 
 
 def gather_columns(
@@ -31,15 +31,19 @@ def gather_columns(
         gradient_scale: factor of the gradients that reach the experts' weights.
         group: whose ranks hold the other experts; all of them must call.
     """
-    weight_eGD: Tensor = experts.w_in_eGD
-    if experts.activation is Activation.swiglu:
-        weight_eGD = weight_eGD[:, : weight_eGD.shape[1] // 2]
-    weight_eGD = weight_eGD.to(torch.promote_types(weight_eGD.dtype, torch.float32))
-    local = torch.stack((weight_eGD.mean(1), weight_eGD.var(1, correction=0)), 1)  # (e, 2, D)
+    local = column_statistics(experts.w_in_eGD, experts.activation)
     if group.handle is not None:
         gathered: Tensor = _Gather.apply(local, group, gradient_scale)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         local = gathered
     return ExpertColumns(local[:, 0], local[:, 1])
+
+
+def column_statistics(weight_eGD: Tensor, activation: Activation) -> Tensor:
+    """Return mean and variance (e, 2, D) of the columns of first weights, in fp32 or fp64."""
+    if activation is Activation.swiglu:
+        weight_eGD = weight_eGD[:, : weight_eGD.shape[1] // 2]
+    weight_eGD = weight_eGD.to(torch.promote_types(weight_eGD.dtype, torch.float32))
+    return torch.stack((weight_eGD.mean(1), weight_eGD.var(1, correction=0)), 1)
 
 
 class _Gather(torch.autograd.Function):

@@ -4,10 +4,11 @@ Shapes:  T tokens   D model width   F inner width   G = 2F with a gate (gate row
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.moe.config import Activation
+from gatewise.moe.ops.activate import activate
+from gatewise.moe.packed import multiply
 
 __all__ = ["FeedForward"]
 
@@ -33,12 +34,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Apply the network to rows of any leading shape."""
-        hidden_TG = F.linear(x_TD, self.w_in_GD)
-        if self.activation is Activation.swiglu:
-            gate_TF, up_TF = hidden_TG.chunk(2, -1)
-            inner_TF = F.silu(gate_TF) * up_TF
-        elif self.activation is Activation.gelu:
-            inner_TF = F.gelu(hidden_TG)
-        else:
-            inner_TF = hidden_TG.relu()
-        return F.linear(inner_TF, self.w_out_DF)
+        hidden_TG = multiply(x_TD, self.w_in_GD)
+        return multiply(activate(hidden_TG, self.activation), self.w_out_DF)

@@ -23,6 +23,7 @@ from gatewise.moe.config import Activation, CapacityConfig
 from gatewise.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Ticket
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
+from gatewise.moe.packed import PackedExperts
 from gatewise.parallel.collectives import Group
 from gatewise.routers.api import (
     Demand,
@@ -52,7 +53,8 @@ class MoELayer(nn.Module):
         capacity: dropping, in training only.
 
     `expert_gradient_scale` multiplies the gradients of the experts' weights; `columns` returns
-    their statistics over all ranks, for routers that read them.
+    their statistics over all ranks, for routers that read them; `packed`, where it is not None,
+    computes in the place of `experts`, without gradients.
     """
 
     columns: Callable[[GroupedExperts, float], ExpertColumns]
@@ -76,6 +78,7 @@ class MoELayer(nn.Module):
         self.expert_gradient_scale = 1.0
         self.reads_columns = isinstance(router, ComposedRouter) and router.reads_columns
         self.columns = gather_columns
+        self.packed: PackedExperts | None = None
 
     def forward(
         self,
@@ -141,6 +144,8 @@ class MoELayer(nn.Module):
         may_drop: bool,
         tickets: Sequence[Ticket] | None = None,
     ) -> Tensor:
+        if self.packed is not None:
+            return self.packed(x_TD, expert_TK, weight_TK)  # type: ignore[no-any-return]  # a module
         job = Job(
             expert_TK,
             may_drop,

@@ -348,7 +348,7 @@ def parameter_specs(model: Decoder) -> list[ParameterSpec]:
             sharded = isinstance(module, GroupedExperts) and module.num_local != num_experts
             if isinstance(module, GroupedExperts):
                 shape = (num_experts, *shape[1:])
-                start = module.first_expert * parameter[0].numel()
+                start = module.first_expert * math.prod(shape[1:])
             specs.append(
                 ParameterSpec(
                     f"{module_name}.{name}" if module_name else name,

@@ -7,16 +7,59 @@ from typing import Any
 import torch
 from training_runs import make_text, run, tiny
 
-from gatewise.compression.config import CalibrationConfig, CompressConfig, GridConfig, TextConfig
+from gatewise.compression.config import (
+    Allocation,
+    CalibrationConfig,
+    CompressConfig,
+    Granularity,
+    GridConfig,
+    Kept,
+    TextConfig,
+)
+from gatewise.compression.formats import ZeroPoint
 from gatewise.compression.pipeline import Source, build_empty, compress
 from gatewise.compression.plan import Plan, list_parts
 from gatewise.compression.statistics import LayerStatistics
 from gatewise.moe.model import Decoder
+from gatewise.routers.config import RouterConfig
 from gatewise.training.checkpointer import find_latest, read_meta
 from gatewise.training.config import TrainConfig
 from gatewise.training.data import PreparedData
 
-__all__ = ["compressed", "empty_plan", "made_up_statistics", "settings", "trained", "weights"]
+__all__ = [
+    "PLANS",
+    "compressed",
+    "empty_plan",
+    "made_up_statistics",
+    "settings",
+    "trained",
+    "weights",
+]
+
+
+PLANS = {
+    "global": {"bits": 2.8},
+    "uniform 3, integer zeros": {
+        "allocation": Allocation.uniform,
+        "widths": "3",
+        "bits": 3.6,
+        "grid": GridConfig(group=16, clip_steps=2, zero=ZeroPoint.int),
+    },
+    "all widths, apart": {
+        "allocation": Allocation.fnorm2_global,
+        "granularity": Granularity.projection,
+        "widths": "1,1.58,2,3,4,8",
+        "bits": 3.1,
+        "attention_bits": 16.0,
+        "kept": Kept.fp32,
+    },
+    "ternary, ragged groups": {
+        "widths": "1.58,2",
+        "bits": 3.8,
+        "grid": GridConfig(group=24, clip_steps=2),
+        "attention_bits": 8.0,
+    },
+}
 
 
 def settings(**changes: Any) -> CompressConfig:
@@ -72,10 +115,12 @@ def made_up_statistics(
     return found
 
 
-def trained(folder: Path, **model: Any) -> tuple[Source, TrainConfig, PreparedData]:
+def trained(
+    folder: Path, *, router: RouterConfig | None = None, **model: Any
+) -> tuple[Source, TrainConfig, PreparedData]:
     """Train a few steps and return the checkpoint."""
     data = make_text(folder)
-    config = tiny(8, model=model)
+    config = tiny(8, model=model, router=router)
     run(config, data, folder / "run")
     path = find_latest(folder / "run" / "checkpoints")
     assert path is not None

@@ -1,5 +1,6 @@
 """Text from a model, token by token, with a key-value cache."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from gatewise.moe.model import Decoder
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.tokenizer import StreamDecoder, TextTokenizer
 
-__all__ = ["Sampling", "stream_text"]
+__all__ = ["Sampling", "Tally", "stream_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,28 @@ class Sampling:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 0 (0: no limit)")
 
 
+@dataclass(slots=True)
+class Tally:
+    """What a generation took; filled while it runs."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0  # until the first token was drawn
+    tokens: int = 0  # drawn one by one after the first
+    seconds: float = 0.0  # for them
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second once the prompt was read; None for a single token."""
+        return self.tokens / self.seconds if self.tokens else None
+
+
 @torch.no_grad()
 def stream_text(
-    model: Decoder, tokenizer: TextTokenizer, prompt: str, sampling: Sampling
+    model: Decoder,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    sampling: Sampling,
+    tally: Tally | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` in pieces of complete characters.
 
@@ -46,16 +66,25 @@ def stream_text(
         tokenizer: of the model.
         prompt: may be empty: generation then starts from end-of-text.
         sampling: how tokens are drawn.
+        tally: counts tokens and the time of the model, without that of the caller.
     """
+    tally = tally or Tally()
     model.eval()
     device = model.embedding.device
     generator = torch.Generator().manual_seed(sampling.seed)
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     cache, decoder = KeyValueCache(), StreamDecoder(tokenizer)
     token_1S = torch.tensor([ids], device=device)
-    for _ in range(sampling.tokens):
+    tally.prompt_tokens = len(ids)
+    for number in range(sampling.tokens):
+        began = time.perf_counter()
         hidden_D = model(token_1S, cache=cache).hidden_BSD[0, -1]
         token = _draw(model.logits(hidden_D), sampling, generator)
+        if number == 0:
+            tally.prompt_seconds = time.perf_counter() - began
+        else:
+            tally.tokens += 1
+            tally.seconds += time.perf_counter() - began
         if token == tokenizer.end_of_text:
             break
         piece = decoder.push(token)

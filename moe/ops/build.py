@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["SOURCES", "build_library", "cache_folder", "find_compiler"]
+__all__ = ["SOURCES", "build_library", "cache_folder", "find_compiler", "library_path"]
 
 SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("g++", "c++", "clang++")
@@ -67,8 +67,8 @@ def build_library(compiler: str, folder: Path) -> Path:
     """
     import fcntl  # not on Windows, where the caller falls back
 
-    command = [compiler, *_FLAGS, _machine_flag()]
-    library = folder / f"kernels-{_key(command)}.so"
+    command = _command(compiler)
+    library = library_path(compiler, folder)
     if library.exists():
         return library
     with (folder / "kernels.lock").open("w") as lock:
@@ -94,6 +94,15 @@ def build_library(compiler: str, folder: Path) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return library
+
+
+def library_path(compiler: str, folder: Path) -> Path:
+    """Return where the library of these sources, flags, compiler and processor lies once built."""
+    return folder / f"kernels-{_key(_command(compiler))}.so"
+
+
+def _command(compiler: str) -> list[str]:
+    return [compiler, *_FLAGS, _machine_flag()]
 
 
 def _machine_flag() -> str:

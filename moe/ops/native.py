@@ -19,10 +19,10 @@ from torch import Tensor
 from gatewise.moe.config import Activation
 from gatewise.moe.ops.build import build_library, cache_folder, find_compiler
 
-__all__ = ["Kernels", "kernels_for", "load_kernels", "open_kernels"]
+__all__ = ["ACTIVATIONS", "Kernels", "kernels_for", "load_kernels", "open_kernels"]
 
 _log = logging.getLogger(__name__)
-_ACTIVATIONS = {Activation.swiglu: 0, Activation.gelu: 1, Activation.relu: 2}
+ACTIVATIONS = {Activation.swiglu: 0, Activation.gelu: 1, Activation.relu: 2}
 _INTEGERS = (
     "experts",
     "width",
@@ -66,7 +66,7 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+        self.library = library
         region = _parallel_region()
         if region is not None:
             library.gatewise_use_threads(region)
@@ -82,7 +82,7 @@ class Kernels:
         order_M = torch.empty(expert_TK.numel(), dtype=torch.int64)
         token_M, inverse_TK = torch.empty_like(order_M), torch.empty_like(expert_TK)
         count_E = torch.empty(num_experts, dtype=torch.int64)
-        bad = self._library.gatewise_sort_pairs(
+        bad = self.library.gatewise_sort_pairs(
             _pointer(expert_TK),
             *_sizes(expert_TK.numel(), expert_TK.shape[1], num_experts),
             *map(_pointer, (order_M, token_M, inverse_TK, count_E)),
@@ -94,7 +94,7 @@ class Kernels:
     def gather_rows(self, x_TD: Tensor, token_N: Tensor) -> Tensor:
         """Do `permute.gather_rows`."""
         out_ND = x_TD.new_empty(token_N.shape[0], x_TD.shape[1])
-        self._library.gatewise_gather_rows(
+        self.library.gatewise_gather_rows(
             _pointer(x_TD),
             _pointer(token_N),
             *_sizes(token_N.shape[0], x_TD.shape[1] * x_TD.element_size()),
@@ -107,7 +107,7 @@ class Kernels:
         """Do `permute.combine_rows`, or `gather_rows_backward` without weights."""
         num_tokens, top_k = inverse_TK.shape
         out_TD = y_ND.new_empty(num_tokens, y_ND.shape[1])
-        self._library.gatewise_sum_rows(
+        self.library.gatewise_sum_rows(
             *_sizes(y_ND.dtype == torch.bfloat16),
             _pointer(y_ND),
             _pointer(inverse_TK),
@@ -124,7 +124,7 @@ class Kernels:
         """Do `permute.combine_rows_backward`."""
         num_tokens, top_k = inverse_TK.shape
         dy_ND, dweight_TK = torch.empty_like(y_ND), torch.empty_like(weight_TK)
-        self._library.gatewise_combine_backward(
+        self.library.gatewise_combine_backward(
             *_sizes(y_ND.dtype == torch.bfloat16),
             *map(_pointer, (dy_TD, y_ND, inverse_TK, weight_TK)),
             *_sizes(num_tokens, top_k, y_ND.shape[1]),
@@ -208,8 +208,8 @@ class Kernels:
     def activate(self, hidden_RG: Tensor, activation: Activation, expert_width: int) -> Tensor:
         """Return the activations (R, F) of a row-major first product."""
         inner_RF = hidden_RG.new_empty(hidden_RG.shape[0], expert_width)
-        self._library.gatewise_activate(
-            *_sizes(hidden_RG.dtype == torch.bfloat16, _ACTIVATIONS[activation]),
+        self.library.gatewise_activate(
+            *_sizes(hidden_RG.dtype == torch.bfloat16, ACTIVATIONS[activation]),
             _pointer(hidden_RG),
             *_sizes(hidden_RG.shape[0], expert_width),
             _pointer(inner_RF),
@@ -222,8 +222,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradient of the first product, and the activations."""
         dhidden_RG, inner_RF = torch.empty_like(hidden_RG), torch.empty_like(dinner_RF)
-        self._library.gatewise_activate_backward(
-            *_sizes(hidden_RG.dtype == torch.bfloat16, _ACTIVATIONS[activation]),
+        self.library.gatewise_activate_backward(
+            *_sizes(hidden_RG.dtype == torch.bfloat16, ACTIVATIONS[activation]),
             *map(_pointer, (dinner_RF, hidden_RG)),
             *_sizes(*dinner_RF.shape),
             *map(_pointer, (dhidden_RG, inner_RF)),
@@ -245,7 +245,7 @@ class Kernels:
             experts=num_experts,
             width=width,
             expert_width=expert_width,
-            activation=_ACTIVATIONS[activation],
+            activation=ACTIVATIONS[activation],
             is_bf16=w_in_eGD.dtype == torch.bfloat16,
             threads=torch.get_num_threads(),
             end=end_e.data_ptr(),
@@ -254,7 +254,7 @@ class Kernels:
         )
         for name, value in others.items():
             setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
-        getattr(self._library, f"gatewise_ffn_{function}")(ctypes.byref(call))
+        getattr(self.library, f"gatewise_ffn_{function}")(ctypes.byref(call))
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,38 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_models import compressed, settings, trained, weights
+from compressed_models import PLANS, compressed, settings, trained, weights
 from safetensors import safe_open
 
 from gatewise.compression.artefact import find_artefact, read_parts, read_plan, verify_artefact
-from gatewise.compression.config import Allocation, CompressConfig, Granularity, GridConfig, Kept
-from gatewise.compression.formats import ZeroPoint
+from gatewise.compression.config import Allocation, CompressConfig, Granularity
 from gatewise.compression.pipeline import Source, load_compressed
 from gatewise.parallel.errors import CheckpointError, ConfigError
-
-PLANS = {
-    "global": {"bits": 2.8},
-    "uniform 3, integer zeros": {
-        "allocation": Allocation.uniform,
-        "widths": "3",
-        "bits": 3.6,
-        "grid": GridConfig(group=16, clip_steps=2, zero=ZeroPoint.int),
-    },
-    "all widths, apart": {
-        "allocation": Allocation.fnorm2_global,
-        "granularity": Granularity.projection,
-        "widths": "1,1.58,2,3,4,8",
-        "bits": 3.1,
-        "attention_bits": 16.0,
-        "kept": Kept.fp32,
-    },
-    "ternary, ragged groups": {
-        "widths": "1.58,2",
-        "bits": 3.8,
-        "grid": GridConfig(group=24, clip_steps=2),
-        "attention_bits": 8.0,
-    },
-}
 
 
 @pytest.fixture(scope="module")

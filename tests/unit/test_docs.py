@@ -12,9 +12,10 @@ from gatewise.compression.config import CompressConfig
 from gatewise.conf.compose import load_settings, load_train_config, override_config
 from gatewise.conf.fields import field_table
 from gatewise.launch import analyze, bench_pregate, bench_step, evaluate
+from gatewise.launch.bench_kernels import KernelBenchConfig
 from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.cli import COMMANDS
-from gatewise.launch.doctor import DoctorConfig
+from gatewise.launch.doctor import DoctorConfig, without_build
 from gatewise.launch.generate import GenerateConfig
 from gatewise.launch.plan import PlanConfig
 from gatewise.launch.simulate import SimulateConfig
@@ -90,8 +91,8 @@ def parse(command: str) -> None:
     if name == "train":
         load_train_config(rest)
     elif name == "evaluate":
-        own, others = evaluate._split(rest)
-        assert "checkpoint" in own, command
+        evaluation, others = evaluate.split_arguments(rest)
+        assert evaluation.checkpoint is not None, command
         override_config(TrainConfig(run=RunConfig()), others, sections=evaluate._SECTIONS)
     elif name == "analyze":
         settings, others = analyze.split_arguments(rest)
@@ -105,13 +106,14 @@ def parse(command: str) -> None:
         schemas = {
             "generate": GenerateConfig,
             "compress": CompressConfig,
+            "bench kernels": KernelBenchConfig,
             "bench layer": LayerBenchConfig,
             "distil": DistilConfig,
             "doctor": DoctorConfig,
             "plan": PlanConfig,
             "simulate": SimulateConfig,
         }
-        load_settings(schemas[name], rest)
+        load_settings(schemas[name], without_build(rest) if name == "doctor" else rest)
 
 
 @pages()

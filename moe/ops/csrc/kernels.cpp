@@ -1,5 +1,6 @@
 // The C interface of the kernels: plain pointers, called through ctypes (native.py).
 #include "ffn_weights.h"
+#include "packed.h"
 #include "permute.h"
 #include "pointwise.h"
 
@@ -113,5 +114,34 @@ void gatewise_combine_backward(int64_t is_bf16, const void* dy, const void* y,
     combine_backward(static_cast<const float*>(dy), static_cast<const float*>(y), inverse, weight,
                      tokens, top_k, width, static_cast<float*>(dy_rows), dweight, threads);
 }
+
+// Bits of the instruction sets that products with packed weights exist for, here and now.
+int64_t gatewise_packed_sets() {
+  int64_t sets = 0;
+#if defined(GATEWISE_PACKED)
+  sets |= PACKED_AVX2;
+#endif
+#if defined(GATEWISE_PACKED_VNNI)
+  sets |= PACKED_VNNI;
+#endif
+  return sets;
+}
+
+#if defined(GATEWISE_PACKED)
+void gatewise_packed_linear(const PackedMatrix* matrix, const float* x, int64_t rows, float* y,
+                            int64_t threads, int64_t set) {
+  packed_linear(*matrix, x, rows, y, threads, set);
+}
+
+void gatewise_packed_ffn(const PackedFfnCall* call) { packed_ffn(*call); }
+
+void gatewise_packed_unpack(const PackedMatrix* matrix, int64_t is_bf16, void* values,
+                            int64_t threads) {
+  if (is_bf16)
+    unpack(*matrix, static_cast<bf16*>(values), threads);
+  else
+    unpack(*matrix, static_cast<float*>(values), threads);
+}
+#endif
 
 }  // extern "C"

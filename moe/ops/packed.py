@@ -1,0 +1,167 @@
+"""Products with weights of 1 to 8 bits and int8 activations.
+
+A row of activations is quantised once per group of columns: its scale is the largest |x| of the
+group / 127. A group's contribution is then scale_w * scale_x * (codes . x - zero * sum of x), with
+integers inside of the brackets but for the zero. The C++ kernels (`native_packed.py`) compute that;
+the torch versions here dequantise both and multiply, which is the same up to rounding in fp32.
+
+Read first: `panels.py`.
+
+Shapes:  M rows   N outputs   K inputs   G groups of a row   T tokens   K experts per token
+         D model width   F expert width
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatewise.moe.config import Activation
+from gatewise.moe.ops.activate import activate
+from gatewise.moe.ops.native_packed import PackedKernels, PackedTable, load_packed_kernels
+from gatewise.moe.ops.panels import PackedWeight, unpack_panels
+
+__all__ = [
+    "QuantisedRows",
+    "packed_ffn",
+    "packed_ffn_reference",
+    "packed_linear",
+    "packed_linear_reference",
+    "quantise_rows",
+    "unpack_weight",
+    "unpack_weight_reference",
+]
+
+_LARGEST_CODE = 127
+_SMALLEST = 1e-30  # a group whose numbers are all below it counts as zeros
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedRows:
+    """Rows as int8 codes with a scale for each group of columns."""
+
+    code_MK: Tensor  # int8
+    scale_MG: Tensor
+    group: int
+
+    def dequantise(self) -> Tensor:
+        """Return the values (M, K) in the dtype of the scales."""
+        columns = self.code_MK.shape[1]
+        scale_MK = self.scale_MG.repeat_interleave(self.group, 1)[:, :columns]
+        return scale_MK * self.code_MK.to(scale_MK.dtype)
+
+
+def quantise_rows(x_MK: Tensor, group: int) -> QuantisedRows:
+    """Quantise rows as the kernels do; fp64 rows in fp64, others in fp32."""
+    x_MK = x_MK.to(torch.promote_types(x_MK.dtype, torch.float32))
+    columns = x_MK.shape[1]
+    x_MGg = F.pad(x_MK, (0, -columns % group)).unflatten(1, (-1, group))
+    largest_MG1 = x_MGg.abs().amax(2, keepdim=True)
+    is_zero_MG1 = largest_MG1 < _SMALLEST
+    inverse_MG1 = _LARGEST_CODE / torch.where(is_zero_MG1, 1.0, largest_MG1)
+    code_MGg = torch.where(is_zero_MG1, 0.0, x_MGg * inverse_MG1).round()
+    scale_MG = torch.where(is_zero_MG1, 0.0, largest_MG1 / _LARGEST_CODE).squeeze(2)
+    return QuantisedRows(code_MGg.flatten(1)[:, :columns].to(torch.int8), scale_MG, group)
+
+
+def unpack_weight(weight: PackedWeight, out_NK: Tensor) -> Tensor:
+    """Write a matrix's values, computed in fp32 (fp64 for fp64), into `out_NK` and return it."""
+    kernels = _kernels_for(out_NK)
+    if kernels is not None and out_NK.is_contiguous():
+        kernels.unpack(weight, out_NK)
+        return out_NK
+    wide = torch.promote_types(out_NK.dtype, torch.float32)
+    return out_NK.copy_(unpack_weight_reference(weight, wide))
+
+
+def unpack_weight_reference(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a matrix's values (N, K); `dtype` is fp32 or fp64."""
+    code_NK, scale_NG, zero_NG = unpack_panels(weight)
+    scale_NK = scale_NG.to(dtype).repeat_interleave(weight.group, 1)[:, : weight.columns]
+    if zero_NG is None:
+        assert weight.zero is not None
+        return scale_NK * (code_NK.to(dtype) - weight.zero)
+    zero_NK = zero_NG.to(dtype).repeat_interleave(weight.group, 1)[:, : weight.columns]
+    return scale_NK * (code_NK.to(dtype) - zero_NK)
+
+
+def packed_linear(x_MK: Tensor, weight: PackedWeight) -> Tensor:
+    """Return x W^T (M, N) with x quantised to int8, in the dtype of `x_MK`.
+
+    Made for few rows: every row reads the codes again, from the caches.
+    """
+    kernels = _kernels_for(x_MK)
+    if kernels is None:
+        return packed_linear_reference(x_MK, weight)
+    return kernels.linear(x_MK.float().contiguous(), weight).to(x_MK.dtype)
+
+
+def packed_linear_reference(x_MK: Tensor, weight: PackedWeight) -> Tensor:
+    """Do `packed_linear` with dequantised numbers."""
+    row_MK = quantise_rows(x_MK, weight.group).dequantise()
+    return F.linear(row_MK, unpack_weight_reference(weight, row_MK.dtype)).to(x_MK.dtype)
+
+
+def packed_ffn(  # noqa: PLR0917 - the operands of one kernel
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    w_in: PackedTable,
+    w_out: PackedTable,
+    activation: Activation,
+) -> Tensor:
+    """Apply each token's experts and sum their outputs with the weights, in one call.
+
+    A token is quantised once for all its experts. Made for few tokens.
+
+    Args:
+        x_TD: tokens.
+        expert_TK: int64; -1 is left out.
+        weight_TK: combine weights.
+        w_in: first matrices of all experts, of one shape and group.
+        w_out: second matrices, likewise.
+        activation: the non-linearity between them.
+
+    Returns:
+        (T, D) of the dtype of `x_TD`; the result for a token depends on no other token and not on
+        the number of threads.
+    """
+    kernels = _kernels_for(x_TD)
+    if kernels is None:
+        return packed_ffn_reference(
+            x_TD, expert_TK, weight_TK, w_in.weights, w_out.weights, activation
+        )
+    x_fp32_TD = x_TD.float().contiguous()
+    weight_TK = weight_TK.float().contiguous()
+    expert_TK = expert_TK.contiguous()
+    return kernels.ffn(x_fp32_TD, expert_TK, weight_TK, w_in, w_out, activation).to(x_TD.dtype)
+
+
+def packed_ffn_reference(  # noqa: PLR0917 - the operands of one kernel
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    w_in: Sequence[PackedWeight],
+    w_out: Sequence[PackedWeight],
+    activation: Activation,
+) -> Tensor:
+    """Do `packed_ffn` expert by expert with dequantised numbers."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    y_TD = torch.zeros_like(x_TD, dtype=wide)
+    for expert in expert_TK.unique().tolist():
+        if expert < 0:
+            continue
+        token_R, choice_R = (expert_TK == expert).nonzero(as_tuple=True)
+        hidden_RG = packed_linear_reference(x_TD[token_R].to(wide), w_in[expert])
+        out_RD = packed_linear_reference(activate(hidden_RG, activation), w_out[expert])
+        weight_R1 = weight_TK[token_R, choice_R].to(wide).unsqueeze(1)
+        y_TD.index_add_(0, token_R, weight_R1 * out_RD)
+    return y_TD.to(x_TD.dtype)
+
+
+def _kernels_for(x: Tensor) -> PackedKernels | None:
+    if x.device.type != "cpu" or x.dtype not in {torch.float32, torch.bfloat16}:
+        return None
+    return load_packed_kernels()
