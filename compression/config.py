@@ -19,6 +19,11 @@ __all__ = [
     "Method",
     "Perturbation",
     "PmqConfig",
+    "Protect",
+    "PruneConfig",
+    "PruneRule",
+    "Repair",
+    "RepairConfig",
     "TextConfig",
     "Weights",
 ]
@@ -160,6 +165,84 @@ class TextConfig:
             raise ConfigError(f"text.tokens is {self.tokens}; it must be at least 1 or null")
 
 
+class PruneRule(Enum):
+    """Which of a token's experts are dropped when the model runs; `pruning.py` has the formulas."""
+
+    none = "none"
+    ratio = "ratio"  # weight below mu times the token's largest; mu by layer and rank
+    ser = "ser"  # beyond the first `keep_least`, weight at most `threshold` times the largest
+    top_p = "top_p"  # behind the fewest that hold `top_p` of the token's weight
+    saliency = "saliency"  # weight times the mean norm of the expert's output below a threshold
+    budget = "budget"  # ratio with a mu per layer, by the least error at `keep` of all activations
+
+
+class Protect(Enum):
+    """Which tokens keep all their experts."""
+
+    none = "none"
+    l1 = "l1"  # the largest L1 norms of the layer's input
+    col = "col"  # the same times the mean attention that the token receives
+
+
+class Repair(Enum):
+    """How routers are fitted to the quantised weights."""
+
+    none = "none"
+    topk_mse = "topk_mse"  # layer by layer, to the chosen logits of the uncompressed model
+    cross_entropy = "cross_entropy"  # at the end, by the loss on the calibration sequences
+
+
+@dataclass(kw_only=True, slots=True)
+class PruneConfig:
+    """Experts that are dropped for a token; thresholds are calibrated on the quantised model."""
+
+    rule: PruneRule = PruneRule.none
+    protect: Protect = Protect.none
+    share: float = 0.02  # of the tokens of a sequence that are protected
+    queries: int = 512  # protect=col: attention of so many last positions counts
+    quantile: float = 0.5  # ratio, saliency: share of each rank dropped on calibration
+    mu: float | None = None  # ratio: one threshold for all layers and ranks; null: calibrated
+    keep_least: int = 1  # ser: experts of a token that always stay
+    threshold: float = 0.4  # ser: of the weight, relative to the largest
+    top_p: float = 0.9  # share of a token's weight that is kept
+    keep: float = 0.85  # budget: share of all activations that is kept
+    preserve_sum: bool = False  # keep the sum of weights where the model does not renormalise
+
+    def __post_init__(self) -> None:
+        for name in ("share", "quantile", "threshold"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"prune.{name} is {value}; it must be from 0 to 1")
+        for name in ("top_p", "keep"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ConfigError(f"prune.{name} is {value}; it must be above 0 and at most 1")
+        for name in ("queries", "keep_least"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"prune.{name} is {value}; it must be at least 1")
+        if self.mu is not None and not self.mu >= 0:
+            raise ConfigError(f"prune.mu is {self.mu}; it must be at least 0 or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class RepairConfig:
+    """Routers that are fitted to the quantised weights; others stay bit for bit."""
+
+    rule: Repair = Repair.none
+    ridge: float = 0.1  # topk_mse: pull to the old weights, times the mean squared input
+    rate: float = 1e-4  # cross_entropy: learning rate of AdamW
+    epochs: int = 1  # cross_entropy: passes over the calibration sequences
+
+    def __post_init__(self) -> None:
+        for name in ("ridge", "rate"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(f"repair.{name} is {value}; it must be above 0")
+        if self.epochs < 1:
+            raise ConfigError(f"repair.epochs is {self.epochs}; it must be at least 1")
+
+
 @dataclass(kw_only=True, slots=True)
 class CompressConfig:
     """One compression."""
@@ -184,6 +267,8 @@ class CompressConfig:
     grid: GridConfig = field(default_factory=GridConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     pmq: PmqConfig = field(default_factory=PmqConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    repair: RepairConfig = field(default_factory=RepairConfig)
     text: TextConfig = field(default_factory=TextConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

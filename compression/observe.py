@@ -30,6 +30,7 @@ __all__ = [
     "Seen",
     "attention_hessians",
     "blend",
+    "check_finite",
     "expert_rows",
     "gram",
     "inner_activations",
@@ -78,7 +79,7 @@ def see_feed_forward(stream: BlockStream, block: Block) -> Seen:
     finally:
         hook.remove()
     x_TD = torch.cat(inputs)
-    _check_finite(x_TD, block.layer, "feed-forward")
+    check_finite(x_TD, block.layer, "feed-forward")
     ends = torch.tensor([len(rows) for rows in inputs]).cumsum(0).tolist()
     if not routings:
         return Seen(x_TD, tuple(ends))
@@ -107,7 +108,7 @@ def attention_hessians(stream: BlockStream, block: Block) -> dict[str, Tensor]:
 
     def add(name: str, x: Tensor) -> None:
         x_TK = x.flatten(0, -2)
-        _check_finite(x_TK, block.layer, "attention")
+        check_finite(x_TK, block.layer, "attention")
         sums[name] += gram(x_TK)
 
     with _linear_inputs(dict(module.named_parameters(recurse=False)), add):
@@ -192,7 +193,8 @@ def _linear_inputs(
         yield
 
 
-def _check_finite(x_TD: Tensor, layer: int, where: str) -> None:
+def check_finite(x_TD: Tensor, layer: int, where: str) -> None:
+    """Raise `DataError` if an input of a layer's matrices is not finite."""
     bad = int((~torch.isfinite(x_TD)).any(-1).sum())
     if bad:
         raise DataError(

@@ -5,7 +5,10 @@ Each arrow is a file in the run's folder, so that a killed run goes on from the 
     calibration/sequences.json      which training sequences calibrate
                 gradients_*         gradients of each batch (fisher costs only)
                 layer_*.json        statistics and costs of the layers with experts
+                logits_*            what uncompressed routers chose (repair=topk_mse only)
                 quantized_*.json    what there was to say of each quantised block
+                repaired.*          fitted routers (repair=cross_entropy only)
+                prune_*.json        what the tokens say of dropping experts (prune=... only)
     .compressed.partial/            the artefact, a file per block; at the end `compressed/`
 
 Blocks run one at a time (`stream.py`). Costs are measured on the uncompressed model, because a
@@ -35,19 +38,35 @@ from gatewise.compression.artefact import (
     write_layer,
 )
 from gatewise.compression.compare import Scores, compare_scores, score_windows
-from gatewise.compression.config import CompressConfig, Method, Perturbation
+from gatewise.compression.config import (
+    CompressConfig,
+    Method,
+    Perturbation,
+    PruneRule,
+    Repair,
+)
 from gatewise.compression.costs import FISHER_KINDS
 from gatewise.compression.cover import choose_sequences, count_by_sequence
 from gatewise.compression.gradients import measure_gradients, read_gradients
 from gatewise.compression.observe import see_feed_forward
 from gatewise.compression.plan import Plan, file_name, list_parts
+from gatewise.compression.prune_stage import PruneStage, check_prunable, count_choices
+from gatewise.compression.pruning import Pruning, apply_pruning
 from gatewise.compression.quantize_block import make_quantiser, quantize_block
+from gatewise.compression.repair import check_repairable
+from gatewise.compression.repair_stage import (
+    keep_reference_logits,
+    read_target,
+    repair_by_loss,
+)
 from gatewise.compression.report import (
     bits_report,
     bytes_report,
     coverage_report,
     coverage_target,
     losses_report,
+    prune_report,
+    settings_report,
     widths_report,
 )
 from gatewise.compression.statistics import LayerStatistics, measure_layer
@@ -138,6 +157,8 @@ def compress(
     check_names(model, saved, source=str(source.path))
     work = _Work(source, config, folder, progress, list_parts(model, config))
     check_budget(work.plan, config)
+    check_prunable(source.config, config.prune)
+    check_repairable(source.config.router, config.repair.rule)
     order = _sequence_order(work)
     work.calibration.mkdir(exist_ok=True)
     work.partial.mkdir(exist_ok=True)
@@ -146,6 +167,18 @@ def compress(
     work.plan = work.plan.with_bits(allocate(work.plan, statistics, config))
     replace_file(work.partial / "plan.json", work.plan.to_json())
     _quantize(work)
+    if config.repair.rule is Repair.cross_entropy:
+        repair_by_loss(
+            lambda: load_compressed(
+                source.config, model.embedding.shape[0], work.partial, work.plan, source.device
+            ),
+            work.batches,
+            config.repair,
+            plan=work.plan,
+            calibration=work.calibration,
+            partial=work.partial,
+            progress=lambda done, total: progress("repair", done, total),
+        )
     report = _report(work)
     return _finish(work, report), report
 
@@ -285,6 +318,19 @@ def _quantize(work: _Work) -> None:
     notes = [work.calibration / f"quantized_{layer:03d}.json" for layer in range(layers)]
     if all(file.exists() for file in (*files, *notes)):
         return
+    targets: dict[int, Path] = {}
+    if work.config.repair.rule is Repair.topk_mse:
+        targets = {
+            layer: work.calibration / f"logits_{layer:03d}.safetensors"
+            for layer in work.moe_layers()
+        }
+        if not all(file.exists() for file in targets.values()):
+            keep_reference_logits(
+                work.stream(),
+                work.inputs(),
+                targets,
+                lambda done, total: work.progress("reference", done, total),
+            )
     quantiser = make_quantiser(work.config, work.config.method)
     stream = work.stream()
     stream.begin(work.inputs(), adjust=lambda: _round_kept(stream.model, plan, 0))
@@ -298,17 +344,31 @@ def _quantize(work: _Work) -> None:
                 fill_model(stream.model, work.partial, plan, [layer + 1])
             else:
                 _round_kept(stream.model, plan, layer + 1)
-                done = quantize_block(stream, block, plan, quantiser)
+                target = None
+                if layer in targets:
+                    target = read_target(targets[layer], work.source.device)
+                ridge = work.config.repair.ridge
+                done = quantize_block(stream, block, plan, quantiser, target=target, ridge=ridge)
                 record = {
                     "losses": done.losses,
                     "notes": {name: part.note for name, part in done.parts.items() if part.note},
                     "usage": asdict(done.usage) if done.usage is not None else None,
+                    "repair": done.repair,
                 }
                 replace_file(notes[layer], json.dumps(record, indent=1) + "\n")
                 kept = _kept_tensors(stream.model, plan, layer + 1)
                 write_layer(work.partial, plan, layer + 1, parts=done.parts, kept=kept)
             stream.advance(block)
         work.progress("quantize", layer + 1, layers)
+
+
+def _prune(work: _Work, used: list[LayerStatistics]) -> tuple[Pruning, dict[str, Any]]:
+    """Calibrate dynamic pruning on the quantised model."""
+    stage = PruneStage(
+        work.stream, work.inputs(), work.plan, work.calibration, work.partial, work.progress
+    )
+    pruning, found = stage.find(work.config.prune)
+    return pruning, prune_report(pruning, found, used, stage.count(pruning), work.plan)
 
 
 def _kept_tensors(model: Decoder, plan: Plan, number: int) -> dict[str, Tensor]:
@@ -344,6 +404,9 @@ def _report(work: _Work) -> dict[str, Any]:
                 row["layer"],
                 ", ".join(map(str, row["without_a_token"])),
             )
+    pruning = None
+    if config.prune.rule is not PruneRule.none:
+        pruning, pruned = _prune(work, used)
     sizes = bytes_report(plan, work.partial)
     if sizes["computed"] != sizes["on_disk"]:
         raise RuntimeError(
@@ -352,7 +415,7 @@ def _report(work: _Work) -> dict[str, Any]:
     report = {
         "checkpoint": str(work.source.path),
         "step": work.source.meta["step"],
-        "settings": _settings(config),
+        "settings": settings_report(config),
         "bits": bits_report(plan, used),
         "bytes": sizes,
         "widths": widths_report(plan),
@@ -362,13 +425,24 @@ def _report(work: _Work) -> dict[str, Any]:
         "calibration_tokens": sum(token_BS[:, 1:].numel() for token_BS in work.batches),
         "coverage": coverage,
     }
+    if pruning is not None:
+        report["prune"] = pruned
+    if config.repair.rule is not Repair.none:
+        report["repair"] = _repair_report(work, notes)
     if config.text.evaluate:
-        report["evaluation"] = _evaluate(work)
+        report["evaluation"] = _evaluate(work, pruning)
     return report
 
 
-def _evaluate(work: _Work) -> dict[str, float | int]:
-    """Compare the model before and after on the same windows, both in fp32."""
+def _repair_report(work: _Work, notes: list[dict[str, Any]]) -> dict[str, Any]:
+    if work.config.repair.rule is Repair.cross_entropy:
+        record: dict[str, Any] = json.loads((work.calibration / "repaired.json").read_text())
+        return record
+    return {str(layer): notes[layer]["repair"] for layer in work.moe_layers()}
+
+
+def _evaluate(work: _Work, pruning: Pruning | None) -> dict[str, Any]:
+    """Compare the model before and after on the same windows, in fp32, and with pruning too."""
     source, vocab_size = work.source, int(work.source.meta["vocab_size"])
 
     def score(stage: str, model: Decoder) -> Scores:
@@ -385,9 +459,10 @@ def _evaluate(work: _Work) -> dict[str, float | int]:
     _fill(source.path, model_ranges(model))
     before = score("evaluate before", model)
     model = load_compressed(source.config, vocab_size, work.partial, work.plan, source.device)
-    after = score("evaluate after", model)
+    with count_choices(model) as asked:
+        after = score("evaluate after", model)
     change = compare_scores(before, after)
-    return {
+    found: dict[str, Any] = {
         "loss_before": before.loss,
         "loss_after": after.loss,
         **asdict(change),
@@ -396,6 +471,17 @@ def _evaluate(work: _Work) -> dict[str, float | int]:
         "windows": len(before.nats_W),
         "tokens": int(before.targets_W.sum()),
     }
+    if pruning is not None:
+        apply_pruning(model, pruning)
+        with count_choices(model) as kept:
+            pruned = score("evaluate pruned", model)
+        found["pruned"] = {
+            "loss": pruned.loss,
+            "accuracy": pruned.accuracy,
+            "kept_activations": kept[0] / max(asked[0], 1),
+            **asdict(compare_scores(after, pruned)),  # with the quantised model, not pruned
+        }
+    return found
 
 
 def _finish(work: _Work, report: Mapping[str, Any]) -> Path:
@@ -405,20 +491,6 @@ def _finish(work: _Work, report: Mapping[str, Any]) -> Path:
     replace_file(partial / "report.json", json.dumps(report, indent=1) + "\n")
     shutil.copyfile(source.data.folder / "tokenizer.json", partial / "tokenizer.json")
     return finish_artefact(partial)
-
-
-def _settings(config: CompressConfig) -> dict[str, Any]:
-    """Return the settings that shape the result, as JSON."""
-    record = asdict(config)
-    del record["run"], record["checkpoint"]
-
-    def plain(value: Any) -> Any:  # a setting: a scalar, an Enum or a section
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return getattr(value, "name", value)
-
-    settings: dict[str, Any] = plain(record)
-    return settings
 
 
 def _fill(path: Path, ranges: Mapping[str, Any]) -> None:

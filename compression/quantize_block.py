@@ -1,8 +1,9 @@
 """Quantise one block with the inputs that the compressed blocks before it give.
 
 The order is that of the data: attention first; with it in place the feed-forward layer's inputs
-are taken anew; an expert's second matrix is quantised on what its quantised first one gives. When
-it is done the block computes with the dequantised weights.
+are taken anew, and the router is fitted to them where that is asked for; an
+expert's second matrix is quantised on what its quantised first one gives. When it is done the block
+computes with the dequantised weights.
 
 Read first: `observe.py`, `quantize.py`.
 
@@ -33,6 +34,7 @@ from gatewise.compression.quantize import (
     hessian_loss,
     round_to_nearest,
 )
+from gatewise.compression.repair import RouterTarget, fit_router
 from gatewise.compression.statistics import (
     LayerStatistics,
     Quantiser,
@@ -44,6 +46,7 @@ from gatewise.compression.stream import BlockStream
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.layer import MoELayer
 from gatewise.moe.model import Block
+from gatewise.routers.router import ComposedRouter
 
 __all__ = ["QuantizedBlock", "grid_search", "make_quantiser", "quantize_block"]
 
@@ -55,6 +58,7 @@ class QuantizedBlock:
     parts: dict[str, Quantized] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)  # relative, on the inputs seen
     usage: LayerStatistics | None = None  # of a layer with experts
+    repair: dict[str, float] | None = None  # what fitting the router gave
 
 
 def grid_search(config: CompressConfig) -> GridSearch:
@@ -90,7 +94,13 @@ def make_quantiser(config: CompressConfig, method: Method) -> Quantiser:
 
 @torch.no_grad()
 def quantize_block(
-    stream: BlockStream, block: Block, plan: Plan, quantiser: Quantiser
+    stream: BlockStream,
+    block: Block,
+    plan: Plan,
+    quantiser: Quantiser,
+    *,
+    target: RouterTarget | None = None,
+    ridge: float = 0.1,
 ) -> QuantizedBlock:
     """Quantise every planned matrix of a block and put the dequantised weights into it.
 
@@ -99,6 +109,8 @@ def quantize_block(
         block: with its own weights.
         plan: widths of all its matrices.
         quantiser: from `make_quantiser`.
+        target: what the router is fitted to, once attention is quantised; None leaves it.
+        ridge: of that fit.
 
     Raises:
         DataError: if an input is not finite.
@@ -113,6 +125,11 @@ def quantize_block(
             _quantise([part], [weight.data], hessians[attribute].unsqueeze(0), quantiser, done)
     seen = see_feed_forward(stream, block)
     if isinstance(block.feed_forward, MoELayer):
+        if target is not None:
+            router = block.feed_forward.router
+            assert isinstance(router, ComposedRouter)
+            done.repair = fit_router(router, seen, target, ridge=ridge)
+            seen = see_feed_forward(stream, block)
         _quantise_experts(seen, block.feed_forward, plan, block.layer, quantiser, done)
         if isinstance(block.feed_forward.shared, FeedForward):
             parts = plan.of_layer(block.layer, "shared")

@@ -14,20 +14,27 @@ experts that its routing chose, each with its own width.
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gatewise.compression.artefact import header_bytes
+from gatewise.compression.config import CompressConfig
 from gatewise.compression.formats import stored_bits
 from gatewise.compression.plan import Part, Plan, file_entries, file_name
+from gatewise.compression.pruning import Pruning
 from gatewise.compression.statistics import LayerStatistics
+from gatewise.compression.thresholds import LayerThresholds
 
 __all__ = [
+    "activated_bytes",
     "bits_report",
     "bytes_report",
     "coverage_report",
     "coverage_target",
     "losses_report",
+    "prune_report",
+    "settings_report",
     "widths_report",
 ]
 
@@ -48,8 +55,14 @@ def bits_report(plan: Plan, used: Sequence[LayerStatistics]) -> dict[str, float]
         "paper": _mean_bits(plan.parts),
         "with_metadata": 8 * metadata / elements,
         "all_parameters": 8 * plan.payload_bytes() / (elements + sum(kept)),
-        "activated_bytes_per_token": _activated(plan, used),
+        "activated_bytes_per_token": activated_bytes(plan, used),
     }
+
+
+def activated_bytes(plan: Plan, used: Sequence[LayerStatistics]) -> float:
+    """Return the bytes that one token reads on average, by how often each expert is used."""
+    experts = sum(part.shape.bytes for part in plan.parts if part.kind == "expert")
+    return plan.payload_bytes() - experts + _expert_bytes(plan, used)
 
 
 def bytes_report(plan: Plan, folder: Path | None = None) -> dict[str, int]:
@@ -97,6 +110,20 @@ def coverage_report(used: Sequence[LayerStatistics], plan: Plan) -> list[dict[st
     return rows
 
 
+def settings_report(config: CompressConfig) -> dict[str, Any]:
+    """Return the settings that shape the result, as JSON."""
+    record = asdict(config)
+    del record["run"], record["checkpoint"]
+
+    def plain(value: Any) -> Any:  # a setting: a scalar, an Enum or a section
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return getattr(value, "name", value)
+
+    settings: dict[str, Any] = plain(record)
+    return settings
+
+
 def widths_report(plan: Plan) -> dict[str, Any]:
     """Return how many matrices of experts have each width, in all and per layer."""
     experts = [part for part in plan.parts if part.kind == "expert"]
@@ -110,6 +137,40 @@ def widths_report(plan: Plan) -> dict[str, Any]:
             str(layer): [part.shape.bits for part in plan.of_layer(layer, "expert")]
             for layer in layers
         },
+    }
+
+
+def prune_report(
+    pruning: Pruning,
+    found: Sequence[LayerThresholds],
+    used: Sequence[LayerStatistics],
+    counts: Mapping[int, Sequence[int]],
+    plan: Plan,
+) -> dict[str, Any]:
+    """Return what dynamic pruning leaves of the calibration tokens' activations.
+
+    Args:
+        pruning: the rule.
+        found: of the layers, without pruning.
+        used: how the routers spread the same tokens without pruning.
+        counts: tokens of each expert by layer, with pruning.
+        plan: with all widths.
+    """
+    pairs = {layer.layer: layer.pairs for layer in found}
+    kept = {layer: sum(count) for layer, count in counts.items()}
+    left = [replace(item, count=list(counts[item.layer])) for item in used]
+    return {
+        "rule": pruning.rule.name,
+        "protect": pruning.protect.name,
+        "kept_activations": sum(kept.values()) / max(sum(pairs.values()), 1),
+        "kept_by_layer": {str(layer): kept[layer] / max(pairs[layer], 1) for layer in kept},
+        "activated_bytes_per_token": activated_bytes(plan, left),
+        "activated_bytes_of_experts_per_token": _expert_bytes(plan, left),
+        "activated_bytes_of_experts_before": _expert_bytes(plan, used),
+        "layers": [
+            {"layer": rule.layer, "ratio": list(rule.ratio[1:]), "saliency": rule.saliency}
+            for rule in pruning.layers
+        ],
     }
 
 
@@ -131,9 +192,8 @@ def _mean_bits(parts: Sequence[Part]) -> float:
     return total / max(sum(part.shape.elements for part in parts), 1)
 
 
-def _activated(plan: Plan, used: Sequence[LayerStatistics]) -> float:
-    experts = sum(part.shape.bytes for part in plan.parts if part.kind == "expert")
-    total = float(plan.payload_bytes() - experts)
+def _expert_bytes(plan: Plan, used: Sequence[LayerStatistics]) -> float:
+    total = 0.0
     for found in used:
         for part in plan.of_layer(found.layer, "expert"):
             assert part.expert is not None

@@ -68,8 +68,7 @@ class BlockStream:
             layer: index of the block.
             load: False leaves the weights to the caller.
         """
-        block = self.model.blocks[layer]
-        assert isinstance(block, Block)
+        block = self.block(layer)
         give_memory(block, self._device)
         try:
             if load:
@@ -78,6 +77,12 @@ class BlockStream:
             yield block
         finally:
             block.to_empty(device=torch.device("meta"))
+
+    def block(self, layer: int) -> Block:
+        """Return a block, in memory or not."""
+        block = self.model.blocks[layer]
+        assert isinstance(block, Block)
+        return block
 
     @torch.no_grad()
     def run(self, block: Block) -> Iterator[tuple[Any, ...]]:

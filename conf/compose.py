@@ -91,7 +91,8 @@ def load_settings(schema: type[Settings], overrides: Sequence[str] = ()) -> Sett
 
     Args:
         schema: a dataclass with a default for every field.
-        overrides: as on the command line; a later one of the same field wins.
+        overrides: as on the command line; a later one of the same field wins. Where a section has
+            a field `rule`, the section's name alone means it: `prune=ratio`.
 
     Raises:
         ConfigError: as `load_train_config`.
@@ -99,6 +100,9 @@ def load_settings(schema: type[Settings], overrides: Sequence[str] = ()) -> Sett
     table = field_table(schema)
     tree = OmegaConf.structured(schema)
     for text in overrides:
+        section, equals, rest = text.partition("=")
+        if equals and f"{section}.rule" in table:
+            text = f"{section}.rule={rest}"  # noqa: PLW2901
         name, value = parse_override(text, table)
         _set_field(tree, table[name], value)
     settings = _to_object(tree)

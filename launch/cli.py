@@ -29,6 +29,7 @@ COMMANDS = {
         "measure this machine: `bench layer`, `step`, `kernels`, `pregate`",
     ),
     "compress": ("gatewise.launch.compress", "quantise a checkpoint's experts to a few bits"),
+    "export": ("gatewise.launch.export", "write a compressed model for another program"),
     "plan": ("gatewise.launch.plan", "schedules of a step side by side, and the best one's plan"),
     "simulate": ("gatewise.launch.simulate", "step time, memory and layout on a cluster"),
     "doctor": ("gatewise.launch.doctor", "show what is installed, what is missing, how to get it"),

@@ -141,6 +141,8 @@ def _compress(config: CompressConfig, stored: "Stored", folder: Path) -> Mapping
         "bits": report["bits"],
         "bytes": report["bytes"],
         "evaluation": report.get("evaluation"),
+        "prune": report.get("prune"),
+        "repair": report.get("repair"),
         "stage_seconds": progress.seconds,
     }
 
@@ -161,6 +163,8 @@ def _show(report: Mapping[str, Any]) -> None:
                 f"{row['target']} calibration tokens"
             )
     print("\n".join(comparison_table(report)))
+    if "prune" in report:
+        _show_pruning(report)
 
 
 def comparison_table(report: Mapping[str, Any]) -> list[str]:
@@ -196,3 +200,19 @@ def comparison_table(report: Mapping[str, Any]) -> list[str]:
     return [
         f"{name:<34}{before:>12}{after:>12}   {note}".rstrip() for name, before, after, note in rows
     ]
+
+
+def _show_pruning(report: Mapping[str, Any]) -> None:
+    prune, bits = report["prune"], report["bits"]
+    print(
+        f"pruned by {prune['rule']}: {100 * prune['kept_activations']:.1f} % of activations kept "
+        f"on calibration; a token reads {prune['activated_bytes_per_token']:,.0f} bytes, without "
+        f"pruning {bits['activated_bytes_per_token']:,.0f}"
+    )
+    if "evaluation" in report:
+        found = report["evaluation"]["pruned"]
+        print(
+            f"validation loss pruned: {found['loss']:.4f} ({found['delta_nats']:+.4f} +- "
+            f"{found['standard_error']:.4f} nats per token over unpruned), top-1 accuracy "
+            f"{found['accuracy']:.4f}, {100 * found['kept_activations']:.1f} % of activations kept"
+        )

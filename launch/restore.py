@@ -11,6 +11,7 @@ import torch
 from gatewise.compression.artefact import find_artefact, is_artefact, read_plan, verify_artefact
 from gatewise.compression.config import Weights
 from gatewise.compression.pipeline import load_compressed
+from gatewise.compression.pruning import apply_pruning, read_pruning
 from gatewise.compression.runtime import load_packed
 from gatewise.conf.compose import config_from_yaml
 from gatewise.moe.model import Decoder, set_precision
@@ -177,6 +178,9 @@ def restore_model(
         read = load_packed if weights is Weights.packed else load_compressed
         model = read(config, vocab_size, stored.path, read_plan(stored.path), device)
         set_precision(model, resolve_dtype(config.precision, device))
+        pruning = read_pruning(stored.path)
+        if pruning is not None:
+            apply_pruning(model, pruning)
         return model
     model = build_model(
         config.model,

@@ -6,6 +6,7 @@ Source:  rotary embeddings: arXiv:2104.09864; grouped-query attention: arXiv:230
          QK-norm: arXiv:2302.05442.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +67,8 @@ class Attention(nn.Module):
         kv_heads: J, a divisor of H.
         qk_norm: normalise queries and keys per head.
         eps: of that norm.
+
+    `watch`, where set, is told the rotated queries (B, H, S, W) and all keys (B, J, P, W).
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Attention(nn.Module):
         self.w_out = nn.Parameter(torch.empty(hidden, hidden))
         self.norm_q = RMSNorm(self.head_width, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(self.head_width, eps) if qk_norm else nn.Identity()
+        self.watch: Callable[[Tensor, Tensor], None] | None = None
 
     def forward(
         self,
@@ -105,6 +109,8 @@ class Attention(nn.Module):
         if cache is not None:
             k_BJSW, v_BJSW = cache.append(layer, k_BJSW, v_BJSW)
             causal = positions == k_BJSW.shape[2]
+        if self.watch is not None:
+            self.watch(q_BHSW, k_BJSW)
         mask = None
         if not causal and positions > 1:  # new positions after cached ones
             total = k_BJSW.shape[2]

@@ -54,10 +54,12 @@ class MoELayer(nn.Module):
 
     `expert_gradient_scale` multiplies the gradients of the experts' weights; `columns` returns
     their statistics over all ranks, for routers that read them; `packed`, where it is not None,
-    computes in the place of `experts`, without gradients.
+    computes in the place of `experts`, without gradients; `prune`, where set, takes experts out of
+    the routing before anything is sent.
     """
 
     columns: Callable[[GroupedExperts, float], ExpertColumns]
+    prune: Callable[[Tensor, Routing, RoutingContext], Routing] | None
 
     def __init__(
         self,
@@ -79,6 +81,7 @@ class MoELayer(nn.Module):
         self.reads_columns = isinstance(router, ComposedRouter) and router.reads_columns
         self.columns = gather_columns
         self.packed: PackedExperts | None = None
+        self.prune = None
 
     def forward(
         self,
@@ -104,6 +107,9 @@ class MoELayer(nn.Module):
         if routing.slots is not None:
             y_TD = self._compute_slots(x_TD, routing.slots)
             return self._add_shared(x_TD, y_TD), routing, context
+        if self.prune is not None:
+            routing = self.prune(x_TD, routing, context)
+            tickets = None  # made ahead, they would send what is dropped
         drops = self.capacity.factor is not None and self.training
         assert tickets is None or not drops  # dropping is decided here, after the tickets
         if drops:

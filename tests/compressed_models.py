@@ -1,4 +1,12 @@
-"""Small models, statistics and compressions for tests of `gatewise compress`."""
+"""Small models, statistics and compressions for tests of `gatewise compress`.
+
+The properties of compression are numbered in the tests' names (`test_c13_...`): C1 to C8 the solver
+in `test_compress_knapsack.py`, C9 to C11 allocation in `test_compress_allocate.py`, C12 packing in
+`test_compress_packing.py`, C13 sizes in `test_compress_artefact.py`, C15 to C22 quantisers in
+`test_compress_quantize.py`, C23 and C24 costs in `test_compress_statistics.py`, C25 to C32 pruning
+in `test_compress_prune*.py` (and on two ranks), C33 routers in `test_compress_repair.py`, C14 and
+C34 export in `test_compress_export.py`, C9 and C35 to C37 runs in `test_compress_pipeline.py`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -68,7 +68,7 @@ def test_bytes_are_those_of_all_tensors() -> None:
 
 
 @pytest.mark.parametrize("width", [2.0, 3.0])
-def test_one_width_only_gives_the_uniform_plan(width: float) -> None:
+def test_c9_one_width_only_gives_the_uniform_plan(width: float) -> None:
     uniform, _ = solved(experts_config(Allocation.uniform, width))
     config = experts_config(Allocation.fisher_global, width, widths=f"{width:g}")
     assert solved(config)[0] == uniform
@@ -77,7 +77,7 @@ def test_one_width_only_gives_the_uniform_plan(width: float) -> None:
 
 
 @pytest.mark.parametrize("allocation", [Allocation.pmq_paper, Allocation.pmq_release])
-def test_an_expert_that_no_token_reached_gets_the_least_width(allocation: Allocation) -> None:
+def test_c10_an_expert_that_no_token_reached_gets_the_least_width(allocation: Allocation) -> None:
     statistics = made_up_statistics(LAYERS, EXPERTS)
     for found in statistics:
         found.count[3], found.gate[3], found.probability[3] = 0, 0.0, 0.0
@@ -91,7 +91,7 @@ def test_an_expert_that_no_token_reached_gets_the_least_width(allocation: Alloca
 @pytest.mark.parametrize(
     "allocation", [Allocation.pmq_release, Allocation.fisher_global, Allocation.frequency]
 )
-def test_permuted_experts_give_a_permuted_plan(allocation: Allocation) -> None:
+def test_c11_permuted_experts_give_a_permuted_plan(allocation: Allocation) -> None:
     order = [5, 2, 7, 0, 1, 6, 3, 4]
     plain, permuted = made_up_statistics(LAYERS, EXPERTS), []
     for found in plain:

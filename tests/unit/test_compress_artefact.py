@@ -27,7 +27,7 @@ def artefact(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("changes", PLANS.values(), ids=PLANS.keys())
-def test_computed_bytes_are_those_on_the_disk(
+def test_c13_computed_bytes_are_those_on_the_disk(
     changes: dict[str, Any], source: Source, tmp_path: Path
 ) -> None:
     path, report = compressed(source, settings(**changes), tmp_path)

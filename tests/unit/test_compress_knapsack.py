@@ -34,7 +34,7 @@ def total(costs: list[list[float]], plan: list[int]) -> float:
     return sum(row[option] for row, option in zip(costs, plan, strict=True))
 
 
-def test_the_plan_is_as_good_as_the_best_of_all_plans() -> None:
+def test_c1_the_plan_is_as_good_as_the_best_of_all_plans() -> None:
     generator = np.random.Generator(np.random.PCG64(0))
     for number in range(420):
         items = int(generator.integers(1, 7))
@@ -52,7 +52,7 @@ def test_the_plan_is_as_good_as_the_best_of_all_plans() -> None:
         assert sum(BITS[option] for option in plan) <= budget
 
 
-def test_the_plan_is_as_good_as_that_of_an_integer_programme() -> None:
+def test_c1_the_plan_is_as_good_as_that_of_an_integer_programme() -> None:
     generator = np.random.Generator(np.random.PCG64(1))
     for items in (8, 20):
         costs = random_costs(generator, items)
@@ -72,14 +72,14 @@ def test_the_plan_is_as_good_as_that_of_an_integer_programme() -> None:
         assert total(costs, plan) == pytest.approx(found.fun, rel=1e-6)
 
 
-def test_bits_and_bytes_of_equal_experts_give_the_same_plan() -> None:
+def test_c2_bits_and_bytes_of_equal_experts_give_the_same_plan() -> None:
     costs = random_costs(np.random.Generator(np.random.PCG64(2)), 12)
     in_bits = solve_knapsack(costs, [BITS] * 12, 24)
     in_bytes = solve_knapsack(costs, [[4608 * bits for bits in BITS]] * 12, 24 * 4608)
     assert in_bits == in_bytes
 
 
-def test_a_plan_of_release_style_costs_stays_as_it_was() -> None:
+def test_c3_a_plan_of_release_style_costs_stays_as_it_was() -> None:
     """Eight experts with costs share^1 * weight^1.5 * error, solved by enumeration."""
     frequency = [0.21, 0.05, 0.13, 0.09, 0.18, 0.12, 0.15, 0.07]
     weight = [0.24, 0.04, 0.12, 0.08, 0.20, 0.11, 0.15, 0.06]
@@ -94,21 +94,21 @@ def test_a_plan_of_release_style_costs_stays_as_it_was() -> None:
     assert [BITS[option] for option in plan] == [3, 1, 2, 2, 3, 1, 3, 1]
 
 
-def test_the_budget_is_used_up_where_an_upgrade_fits() -> None:
+def test_c4_the_budget_is_used_up_where_an_upgrade_fits() -> None:
     generator = np.random.Generator(np.random.PCG64(3))
     for budget in range(6, 19):
         plan = solve_knapsack(random_costs(generator, 6), [BITS] * 6, budget)
         assert sum(BITS[option] for option in plan) == budget
 
 
-def test_what_cannot_be_met_is_refused() -> None:
+def test_c5_what_cannot_be_met_is_refused() -> None:
     with pytest.raises(Infeasible):
         solve_knapsack([[3.0, 2.0, 1.0]], [BITS], 3, required=(2, 1))
     with pytest.raises(Infeasible):
         solve_knapsack([[3.0, 2.0, 1.0]] * 4, [BITS] * 4, 3)
 
 
-def test_scaled_costs_give_the_same_plan() -> None:
+def test_c6_scaled_costs_give_the_same_plan() -> None:
     costs = random_costs(np.random.Generator(np.random.PCG64(4)), 16)
     plan = solve_knapsack(costs, [BITS] * 16, 32)
     for factor in (1e-12, 0.5, 3e7):
@@ -116,13 +116,13 @@ def test_scaled_costs_give_the_same_plan() -> None:
         assert solve_knapsack(scaled, [BITS] * 16, 32) == plan
 
 
-def test_a_larger_budget_never_costs_more() -> None:
+def test_c7_a_larger_budget_never_costs_more() -> None:
     costs = random_costs(np.random.Generator(np.random.PCG64(5)), 10)
     spent = [total(costs, solve_knapsack(costs, [BITS] * 10, budget)) for budget in range(10, 31)]
     assert spent == sorted(spent, reverse=True)
 
 
-def test_equal_costs_give_the_wider_codes_to_the_lower_numbers() -> None:
+def test_c8_equal_costs_give_the_wider_codes_to_the_lower_numbers() -> None:
     assert solve_knapsack([[0.1, 0.1, 0.1]] * 4, [BITS] * 4, 9) == [2, 2, 1, 0]
     assert solve_knapsack([[0.0, 0.0, 0.0]] * 3, [BITS] * 3, 5) == [2, 0, 0]
 

@@ -36,7 +36,7 @@ def codes(kind: str, rows: int, columns: int, bits: float) -> torch.Tensor:
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("kind", ["random", "least", "largest"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_unpacking_what_was_packed_gives_the_codes(
+def test_c12_unpacking_what_was_packed_gives_the_codes(
     shape: tuple[int, int], kind: str, bits: float
 ) -> None:
     code_NK = codes(kind, *shape, bits)

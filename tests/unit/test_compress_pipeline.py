@@ -13,7 +13,7 @@ from compressed_models import compressed, settings, trained
 
 from gatewise.compression import pipeline
 from gatewise.compression.compare import Scores, compare_scores, score_windows
-from gatewise.compression.config import Allocation, CalibrationConfig, Method
+from gatewise.compression.config import Allocation, CalibrationConfig, Method, TextConfig
 from gatewise.compression.cover import choose_sequences
 from gatewise.compression.pipeline import Source, build_empty
 from gatewise.compression.stream import check_names
@@ -44,14 +44,14 @@ def model_of(path: Path) -> Decoder:
     return restore_model(open_checkpoint(str(path)), device=torch.device("cpu"))
 
 
-def test_the_same_settings_give_the_same_files(
+def test_c35_the_same_settings_give_the_same_files(
     source: Source, reference: Path, tmp_path: Path
 ) -> None:
     again, _ = compressed(source, settings(), tmp_path)
     assert hashes(again) == hashes(reference)
 
 
-def test_another_number_of_threads_gives_the_same_plan(
+def test_c35_another_number_of_threads_gives_the_same_plan(
     source: Source, reference: Path, tmp_path: Path
 ) -> None:
     threads = torch.get_num_threads()
@@ -64,7 +64,7 @@ def test_another_number_of_threads_gives_the_same_plan(
 
 
 @pytest.mark.parametrize("stage", ["gradients", "cost", "quantize", "evaluate before"])
-def test_a_run_killed_after_a_layer_goes_on_to_the_same_files(
+def test_c36_a_run_killed_after_a_layer_goes_on_to_the_same_files(
     stage: str, source: Source, reference: Path, tmp_path: Path
 ) -> None:
     class Killed(Exception):
@@ -88,7 +88,7 @@ def test_a_run_killed_after_a_layer_goes_on_to_the_same_files(
         assert ("cost", 1) not in done
 
 
-def test_eight_bits_change_the_loss_by_less_than_a_thousandth(
+def test_c37_eight_bits_change_the_loss_by_less_than_a_thousandth(
     source: Source, tmp_path: Path
 ) -> None:
     wide = settings(widths="8", bits=8.0, attention_bits=8.0, allocation=Allocation.uniform)
@@ -96,6 +96,26 @@ def test_eight_bits_change_the_loss_by_less_than_a_thousandth(
     found = report["evaluation"]
     assert abs(math.expm1(found["delta_nats"])) < 1e-3
     assert found["delta_nats"] == pytest.approx(found["loss_after"] - found["loss_before"])
+
+
+def test_c9_one_width_to_choose_from_gives_the_codes_of_the_uniform_plan(
+    source: Source, tmp_path: Path
+) -> None:
+    found = []
+    for number, (allocation, widths) in enumerate(
+        [
+            (Allocation.uniform, "2"),
+            (Allocation.fisher_global, "2"),
+            (Allocation.fnorm2, "1,2"),  # with room for the wider one everywhere
+        ]
+    ):
+        config = settings(
+            widths=widths, bits=2.6, allocation=allocation, text=TextConfig(evaluate=False)
+        )
+        found.append(hashes(compressed(source, config, tmp_path / str(number))[0]))
+    for name in found[0]:
+        if name.startswith("model-"):
+            assert found[0][name] == found[1][name] == found[2][name]
 
 
 def test_the_report_says_what_was_measured(source: Source, tmp_path: Path) -> None:

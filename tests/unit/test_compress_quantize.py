@@ -59,7 +59,7 @@ def test_gptq_gives_the_values_of_the_textbook_update(bits: float) -> None:
     torch.testing.assert_close(found.dequantise(torch.float64), want, rtol=0, atol=1e-9)
 
 
-def test_more_bits_never_lose_more_on_the_calibration_inputs() -> None:
+def test_c15_more_bits_never_lose_more_on_the_calibration_inputs() -> None:
     w_ENK, hessian_EKK = weights(6, 16, 64), hessians(6, 64)
     for quantise in (
         lambda bits: round_to_nearest(w_ENK, [bits] * 6, group=32, search=WIDE),
@@ -76,7 +76,7 @@ def test_more_bits_never_lose_more_on_the_calibration_inputs() -> None:
 
 
 @pytest.mark.parametrize("bits", [1.0, 2.0, 3.0, 4.0])
-def test_gptq_loses_less_than_rounding_on_the_same_grid(bits: float) -> None:
+def test_c16_gptq_loses_less_than_rounding_on_the_same_grid(bits: float) -> None:
     count = 20
     w_ENK, hessian_EKK = weights(count, 16, 64), hessians(count, 64)
     importance_EK = hessian_EKK.diagonal(dim1=1, dim2=2)
@@ -93,7 +93,7 @@ def test_gptq_loses_less_than_rounding_on_the_same_grid(bits: float) -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_gptq_with_uncorrelated_even_inputs_is_rounding(bits: float) -> None:
+def test_c17_gptq_with_uncorrelated_even_inputs_is_rounding(bits: float) -> None:
     w_ENK = weights(2, 8, 80)
     eye_EKK = torch.eye(80, dtype=torch.float64).expand(2, -1, -1)
     fed_back = gptq(w_ENK, eye_EKK, [bits] * 2, group=32, search=WIDE)
@@ -103,7 +103,7 @@ def test_gptq_with_uncorrelated_even_inputs_is_rounding(bits: float) -> None:
         assert torch.equal(one.scale_NG, other.scale_NG)
 
 
-def test_permuted_rows_give_permuted_codes_and_scaled_weights_the_same() -> None:
+def test_c18_permuted_rows_give_permuted_codes_and_scaled_weights_the_same() -> None:
     w_ENK, hessian_EKK = weights(1, 8, 64), hessians(1, 64)
     order = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
     plain = gptq(w_ENK, hessian_EKK, [2.0], group=32, search=WIDE)[0]
@@ -115,7 +115,7 @@ def test_permuted_rows_give_permuted_codes_and_scaled_weights_the_same() -> None
 
 
 @pytest.mark.parametrize("kind", ["dead", "none", "nan", "twins", "infinite"])
-def test_hostile_inputs_do_not_crash(kind: str) -> None:
+def test_c19_hostile_inputs_do_not_crash(kind: str) -> None:
     w_ENK, hessian_EKK = weights(2, 8, 48), hessians(2, 48)
     if kind == "dead":
         hessian_EKK[0, 5] = hessian_EKK[0, :, 5] = 0
@@ -134,7 +134,7 @@ def test_hostile_inputs_do_not_crash(kind: str) -> None:
     assert torch.equal(found[1].code_NK, alone.code_NK)
 
 
-def test_signs_stand_for_the_mean_magnitude() -> None:
+def test_c20_signs_stand_for_the_mean_magnitude() -> None:
     w_ENK = weights(1, 6, 64)
     found = round_to_nearest(w_ENK, [1.0], group=64, search=WIDE)[0]
     mean_N1 = w_ENK[0].abs().mean(1, keepdim=True)
@@ -145,7 +145,7 @@ def test_signs_stand_for_the_mean_magnitude() -> None:
     assert found.zero_NG is None
 
 
-def test_a_batch_of_mixed_widths_gives_what_each_matrix_gives_alone() -> None:
+def test_c21_a_batch_of_mixed_widths_gives_what_each_matrix_gives_alone() -> None:
     w_ENK, hessian_EKK = weights(6, 12, 72), hessians(6, 72)
     together = gptq(w_ENK, hessian_EKK, WIDTHS, group=32, search=WIDE)
     for index, bits in enumerate(WIDTHS):
@@ -157,7 +157,7 @@ def test_a_batch_of_mixed_widths_gives_what_each_matrix_gives_alone() -> None:
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.0])
-def test_a_wider_search_of_the_same_kind_is_never_worse(bits: float) -> None:
+def test_c22_a_wider_search_of_the_same_kind_is_never_worse(bits: float) -> None:
     w_ENg, importance_Eg = weights(1, 64, 64), torch.ones(1, 64, dtype=torch.float64)
 
     def error(shares: tuple[float, ...]) -> float:

@@ -48,7 +48,7 @@ def whole_layer(seen: Seen, w_in_EGD: Tensor, w_out_EDF: Tensor) -> Tensor:
     )
 
 
-def test_errors_of_routed_tokens_are_those_of_the_whole_layer(
+def test_c23_errors_of_routed_tokens_are_those_of_the_whole_layer(
     layer: tuple[Seen, GroupedExperts, Tensor],
 ) -> None:
     seen, experts, gradient_TD = layer
@@ -87,7 +87,7 @@ def test_errors_of_routed_tokens_are_those_of_the_whole_layer(
                 assert found.norms[key][expert] == pytest.approx(want, rel=1e-5)
 
 
-def test_unchanged_weights_and_unused_experts_cost_nothing(
+def test_c24_unchanged_weights_and_unused_experts_cost_nothing(
     layer: tuple[Seen, GroupedExperts, Tensor],
 ) -> None:
     seen, experts, _ = layer

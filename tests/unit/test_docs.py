@@ -16,6 +16,7 @@ from gatewise.launch.bench_kernels import KernelBenchConfig
 from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.cli import COMMANDS
 from gatewise.launch.doctor import DoctorConfig, without_build
+from gatewise.launch.export import ExportConfig
 from gatewise.launch.generate import GenerateConfig
 from gatewise.launch.plan import PlanConfig
 from gatewise.launch.simulate import SimulateConfig
@@ -107,6 +108,7 @@ def parse(command: str) -> None:
             "generate": GenerateConfig,
             "compress": CompressConfig,
             "bench kernels": KernelBenchConfig,
+            "export": ExportConfig,
             "bench layer": LayerBenchConfig,
             "distil": DistilConfig,
             "doctor": DoctorConfig,
