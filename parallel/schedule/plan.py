@@ -10,8 +10,8 @@ attention that runs in one piece, or a gradient sum in slices. Between two diffe
 first piece waits for all that comes before it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from gatewise.parallel.errors import ConfigError
@@ -90,6 +90,30 @@ class StageGraph:
     def stage(self, name: str) -> Stage:
         """Return the stage of that name."""
         return self._by_name[name]
+
+    def ancestors(self, name: str) -> set[str]:
+        """Return the names of all stages that must come before a stage."""
+        found: set[str] = set()
+        waiting = list(self._by_name[name].after)
+        while waiting:
+            other = waiting.pop()
+            if other not in found:
+                found.add(other)
+                waiting += self._by_name[other].after
+        return found
+
+    def restrict(self, names: Iterable[str]) -> "StageGraph":
+        """Return the stages of these names; what stood between two of them is left out."""
+        kept = set(names)
+        instead: dict[str, tuple[str, ...]] = {}  # of each stage: what stands for it
+        stages = []
+        for stage in self.stages:
+            needs = tuple(dict.fromkeys(new for old in stage.after for new in instead[old]))
+            instead[stage.name] = needs
+            if stage.name in kept:
+                stages.append(replace(stage, after=needs))
+                instead[stage.name] = (stage.name,)
+        return StageGraph(tuple(stages))
 
     def tasks(self, chunks: int) -> list[Task]:
         """Return every task, stage by stage."""
