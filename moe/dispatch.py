@@ -8,6 +8,7 @@ move bytes and return at once with a handle. The gradient of each phase is anoth
 
 Shapes:  T tokens of a chunk   K experts per token   N pairs that are kept   E experts, all ranks
          e experts of this rank   R rows received   P ranks of the group   C chunks   D width
+         S sources of rows, in the order in which rows arrive: here the ranks of the group
 """
 
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ class Ticket:
     restore_R: Tensor | None  # received row -> expert-major row
     end_e: Tensor  # int32, where each local expert's rows end
     counts: list[int] | None  # rows of each local expert, where the host knows them anyway
+    count_Se: Tensor | None = None  # the same by source, on the host, where rows travel
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,7 @@ class AllToAllDispatcher:
                     restore_R.to(device, non_blocking=True),
                     count_e.cumsum(0).int().to(device, non_blocking=True),
                     count_e.tolist(),
+                    both[1, :, index],
                 )
             )
         return tickets

@@ -7,8 +7,8 @@ Shapes:  e experts of this rank   E experts, all ranks   D model width   F exper
 import torch
 from torch import nn
 
-from gatewise.moe.compute import GradientSink
 from gatewise.moe.config import Activation
+from gatewise.moe.job import GradientSink
 from gatewise.moe.ops.reuse import ReusedMemory
 
 __all__ = ["GroupedExperts"]

@@ -1,13 +1,13 @@
 """The Mixture-of-Experts layer: route, then run the stage graph.
 
-Read first: `compute.py` (the stages) and `routers/api.py` (what a router decides). The layer works
+Read first: `stages.py` (the stages) and `routers/api.py` (what a router decides). The layer works
 without any process group; with one it is expert-parallel over it. `parallelize.py` wires the layers
 of a whole model from outside.
 
 Shapes:  T tokens on this rank   D model width   E experts, all ranks   K experts per token
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,13 +18,17 @@ from torch import Tensor, nn
 
 from gatewise.moe.capacity import apply_capacity
 from gatewise.moe.columns import gather_columns
-from gatewise.moe.compute import Job, Schedule, moe_compute
+from gatewise.moe.compute import moe_compute
 from gatewise.moe.config import Activation, CapacityConfig
-from gatewise.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Ticket
+from gatewise.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
+from gatewise.moe.job import Job, SliceSender
 from gatewise.moe.packed import PackedExperts
+from gatewise.moe.stages import Schedule
+from gatewise.moe.tickets import PassTickets
 from gatewise.parallel.collectives import Group
+from gatewise.parallel.schedule.executor import Execution
 from gatewise.routers.api import (
     Demand,
     ExpertColumns,
@@ -77,6 +81,8 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.capacity = capacity or CapacityConfig()
         self.schedule = Schedule.serial()
+        self.execution = Execution()
+        self.gradient_slices: SliceSender | None = None  # what travels with the backward pass
         self.expert_gradient_scale = 1.0
         self.reads_columns = isinstance(router, ComposedRouter) and router.reads_columns
         self.columns = gather_columns
@@ -88,7 +94,7 @@ class MoELayer(nn.Module):
         x_TD: Tensor,
         context: RoutingContext,
         layer: int,
-        tickets: Sequence[Ticket] | None = None,
+        tickets: PassTickets | None = None,
     ) -> tuple[Tensor, Routing, RoutingContext]:
         """Return the layer's output, its routing, and the context for the next layer.
 
@@ -105,7 +111,7 @@ class MoELayer(nn.Module):
         else:
             routing, context = self.router(x_TD, context, layer)
         if routing.slots is not None:
-            y_TD = self._compute_slots(x_TD, routing.slots)
+            y_TD = self._compute_slots(x_TD, routing.slots, layer)
             return self._add_shared(x_TD, y_TD), routing, context
         if self.prune is not None:
             routing = self.prune(x_TD, routing, context)
@@ -137,6 +143,7 @@ class MoELayer(nn.Module):
             routing.weight_TK,
             routing.expert_TK,
             may_drop=drops or padding_T is not None or routing.variable,
+            layer=layer,
             tickets=tickets,
         )
         return self._add_shared(x_TD, y_TD), routing, context
@@ -148,7 +155,8 @@ class MoELayer(nn.Module):
         expert_TK: Tensor,
         *,
         may_drop: bool,
-        tickets: Sequence[Ticket] | None = None,
+        layer: int,
+        tickets: PassTickets | None = None,
     ) -> Tensor:
         if self.packed is not None:
             return self.packed(x_TD, expert_TK, weight_TK)  # type: ignore[no-any-return]  # a module
@@ -162,17 +170,22 @@ class MoELayer(nn.Module):
             self.expert_gradient_scale,
             self.experts.memory,
             tickets,
+            layer,
+            self.execution,
+            self.gradient_slices,
         )
         return moe_compute(x_TD, weight_TK, self.experts.w_in_eGD, self.experts.w_out_eDF, job)
 
-    def _compute_slots(self, x_TD: Tensor, mix: SlotMix) -> Tensor:
+    def _compute_slots(self, x_TD: Tensor, mix: SlotMix, layer: int) -> Tensor:
         """Mix tokens into slots, give each slot to its one expert, and mix the outputs back."""
         batch, num_slots, positions = mix.gather_BSP.shape
         x_BPD = x_TD.view(batch, positions, x_TD.shape[1])
         slot_BSD = torch.bmm(mix.gather_BSP.to(x_TD.dtype), x_BPD)
         expert_N1 = mix.expert_S.repeat(batch).unsqueeze(1)
         one_N1 = mix.gather_BSP.new_ones(batch * num_slots, 1)
-        slot_ND = self._compute(slot_BSD.flatten(0, 1), one_N1, expert_N1, may_drop=False)
+        slot_ND = self._compute(
+            slot_BSD.flatten(0, 1), one_N1, expert_N1, may_drop=False, layer=layer
+        )
         y_BPD = torch.bmm(
             mix.scatter_BPS.to(slot_ND.dtype), slot_ND.view(batch, num_slots, x_TD.shape[1])
         )

@@ -19,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from gatewise.moe.attention import Attention, KeyValueCache, RMSNorm, rotary_tables
 from gatewise.moe.config import ModelConfig
-from gatewise.moe.dispatch import LocalDispatcher, Ticket
+from gatewise.moe.dispatch import LocalDispatcher
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.layer import MoELayer
 from gatewise.moe.plan_ahead import BatchPlan, plan_tickets
+from gatewise.moe.tickets import PassTickets
 from gatewise.parallel.parameters import Label, ParameterSpec
 from gatewise.routers.ahead.agreement import learn_to_agree
 from gatewise.routers.ahead.config import Exchange
@@ -36,7 +37,15 @@ from gatewise.routers.router import ComposedRouter, build_cell, build_router
 from gatewise.routers.shapes import Start
 from gatewise.routers.weights import RouterWeights, fill
 
-__all__ = ["Block", "Decoder", "DecoderOutput", "initialise", "parameter_specs", "set_precision"]
+__all__ = [
+    "Block",
+    "Decoder",
+    "DecoderOutput",
+    "gradient_turns",
+    "initialise",
+    "parameter_specs",
+    "set_precision",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +118,7 @@ class Block(nn.Module):
         context: RoutingContext,
         rotary: tuple[Tensor, Tensor],
         cache: KeyValueCache | None,
-        tickets: Sequence[Ticket] | None = None,
+        tickets: PassTickets | None = None,
     ) -> tuple[Tensor, Routing | None, RoutingContext]:
         """Return the block's output, its routing (None for a dense layer) and the context."""
         x_BSD = x_BSD + self.attention(self.norm_attention(x_BSD), rotary, self.layer, cache)
@@ -203,8 +212,8 @@ class Decoder(nn.Module):
         layers = self.moe_layers()
         if self.router_config.ahead.exchange is Exchange.layer:
             return [BatchPlan(route) for route in routes]
-        chunks = [layer.schedule.forward.chunks for layer in layers]
-        return plan_tickets(routes, layers[0].dispatcher, chunks=chunks)
+        schedules = [layer.schedule for layer in layers]
+        return plan_tickets(routes, layers[0].dispatcher, schedules=schedules)
 
     def _decisions(self, plan: BatchPlan, tokens: int) -> tuple[Decision | None, ...]:
         """Return the decision of every layer of the model; None for a dense one."""
@@ -329,6 +338,24 @@ def set_precision(model: Decoder, dtype: torch.dtype) -> None:
         keep = isinstance(module, RMSNorm | RouterWeights)
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(small if keep else dtype)
+
+
+def gradient_turns(model: Decoder) -> dict[str, int]:
+    """Return after how many backward passes of MoE layers each parameter's gradient is complete.
+
+    Parameters that several blocks share, or that act before the first one, are left out: their
+    gradients are complete only at the end.
+    """
+    places = model.config.moe_layers()
+    turns = {}
+    for name, _ in model.named_parameters():
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            block = int(rest.partition(".")[0])
+            turns[name] = sum(place >= block for place in places)
+        elif part in ("norm_final", "head"):
+            turns[name] = 0
+    return turns
 
 
 def parameter_specs(model: Decoder) -> list[ParameterSpec]:

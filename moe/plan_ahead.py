@@ -6,7 +6,7 @@ layer, and the one host synchronisation behind it those of the layers: permutati
 landing offsets lie ready. Activation checkpointing uses the same tickets again, so that nothing is
 exchanged twice and the recomputed routing is the routing.
 
-Read first: `routers/ahead/plan.py` (the routes), `dispatch.py` (tickets).
+Read first: `routers/ahead/plan.py` (the routes), `tickets.py`.
 
 Shapes:  L MoE layers   T tokens on this rank   K experts per token
 """
@@ -16,10 +16,14 @@ from dataclasses import dataclass
 
 from torch.profiler import record_function
 
-from gatewise.moe.dispatch import Dispatcher, Piece, Ticket, cut_pieces
+from gatewise.moe.dispatch import Dispatcher, Piece
+from gatewise.moe.stages import Schedule
+from gatewise.moe.tickets import PassPieces, PassTickets
 from gatewise.routers.ahead.plan import RoutePlan
 
 __all__ = ["BatchPlan", "StalePlanError", "plan_tickets"]
+
+_Key = tuple[int, int, PassPieces]  # micro-batch, layer that decides, how it is cut
 
 
 class StalePlanError(RuntimeError):
@@ -31,10 +35,10 @@ class BatchPlan:
     """The routes of one micro-batch and, where ranks agreed on them ahead, its tickets."""
 
     route: RoutePlan
-    tickets: tuple[tuple[Ticket, ...], ...] | None = None  # [layer][chunk]; None: layer by layer
+    tickets: tuple[PassTickets, ...] | None = None  # of each layer; None: layer by layer
 
-    def layer(self, index: int) -> tuple[Ticket, ...] | None:
-        """Return the tickets of MoE layer `index`, one per chunk."""
+    def layer(self, index: int) -> PassTickets | None:
+        """Return the tickets of MoE layer `index`."""
         return None if self.tickets is None else self.tickets[index]
 
     def check_version(self, version: int) -> None:
@@ -47,34 +51,36 @@ class BatchPlan:
 
 
 def plan_tickets(
-    routes: Sequence[RoutePlan], dispatcher: Dispatcher, *, chunks: Sequence[int]
+    routes: Sequence[RoutePlan], dispatcher: Dispatcher, *, schedules: Sequence[Schedule]
 ) -> list[BatchPlan]:
     """Make the tickets of all layers of several micro-batches, in one collective.
 
     Args:
         routes: of each micro-batch; on all ranks equally many.
         dispatcher: of any layer: all have the same experts on the same ranks.
-        chunks: into how many each layer's schedule cuts the tokens.
+        schedules: of each layer; they say how both passes cut the tokens.
 
     Returns:
         One plan per route, in order.
     """
     pieces: list[Piece] = []
-    spans: list[list[slice]] = []  # of each micro-batch, for each layer its tickets' places
-    for route in routes:
+    places: dict[_Key, slice] = {}  # layers that decide and cut alike share tickets
+    keys: list[list[_Key]] = []  # of each micro-batch, for each layer
+    for number, route in enumerate(routes):
         same = route.expert_LTK.shape[0] == 1
-        places: dict[tuple[int, int], slice] = {}  # layers that decide and cut alike share tickets
-        spans.append([])
-        for layer, count in enumerate(chunks):
-            key = (0 if same else layer, count)
+        keys.append([])
+        for layer, schedule in enumerate(schedules):
+            cuts = PassPieces.of(schedule.forward, schedule.backward)
+            key = (number, 0 if same else layer, cuts)
+            keys[-1].append(key)
             if key not in places:
-                cut = cut_pieces(route.layer(layer).expert_TK, count)
-                places[key] = slice(len(pieces), len(pieces) + count)
+                cut = cuts.cut(route.layer(layer).expert_TK)
+                places[key] = slice(len(pieces), len(pieces) + len(cut))
                 pieces += cut
-            spans[-1].append(places[key])
     with record_function("moe.plan"):
-        tickets = dispatcher.prepare(pieces, may_drop=True)
+        prepared = dispatcher.prepare(pieces, may_drop=True)
+        tickets = {key: key[2].tickets(prepared[place]) for key, place in places.items()}
     return [
-        BatchPlan(route, tuple(tuple(tickets[span]) for span in layers))
-        for route, layers in zip(routes, spans, strict=True)
+        BatchPlan(route, tuple(tickets[key] for key in layers))
+        for route, layers in zip(routes, keys, strict=True)
     ]

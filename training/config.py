@@ -12,6 +12,7 @@ from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.ahead.config import Exchange
 from gatewise.routers.config import RouterConfig
+from gatewise.training.schedule_config import ScheduleConfig
 
 __all__ = [
     "BatchConfig",
@@ -222,6 +223,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     nonfinite: NonfiniteConfig = field(default_factory=NonfiniteConfig)
@@ -240,6 +242,7 @@ class TrainConfig:
             self.router.check(self.model.num_experts, self.model.top_k, causal=True)
         self._check_ahead()
         self._check_layout()
+        self._check_schedule()
         stride = self.evaluation.stride
         if stride is not None and stride > self.data.sequence_length:
             raise ConfigError(
@@ -260,6 +263,23 @@ class TrainConfig:
                 f"and router.ahead.exchange={ahead.exchange.name} plans before them; set the "
                 "factor to null or router.ahead.exchange=layer"
             )
+
+    def _check_schedule(self) -> None:
+        if self.schedule.policy == "serial":
+            return
+        if not self.model.moe_layers():
+            raise ConfigError(
+                f"schedule.policy is {self.schedule.policy} but the model has no MoE layer; set it "
+                "to serial, or model.num_experts above 0"
+            )
+        share = max(1, self.batch.sequences // self.parallel.ranks)
+        tokens = (self.batch.micro or share) * self.data.sequence_length
+        for name, chunks in zip(("forward", "backward"), self.schedule.chunks, strict=True):
+            if chunks > tokens:
+                raise ConfigError(
+                    f"schedule.chunks_{name} is {chunks}, more than the {tokens} tokens of a "
+                    f"rank's micro-batch; choose from 1 to {tokens}"
+                )
 
     def _check_layout(self) -> None:
         experts, ranks = self.model.num_experts, self.parallel.ranks

@@ -7,6 +7,7 @@ Shapes:  B sequences of a micro-batch   S positions   L MoE layers   E experts, 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from gatewise.moe.model import Decoder, DecoderOutput
 from gatewise.moe.plan_ahead import BatchPlan
 from gatewise.parallel.dims import Groups
 from gatewise.parallel.reducer import GradientReducer, gradient_squares
+from gatewise.parallel.schedule.recorder import Recorder
 from gatewise.routers.ahead.config import Exchange
 from gatewise.routers.api import Demand, NoiseKey, Routing, RoutingContext
 from gatewise.routers.balance import global_balance_loss
@@ -66,6 +68,7 @@ def train_step(
     clip: float,
     stop: bool = False,
     measure: bool = False,
+    recorder: Recorder | None = None,
 ) -> StepResult:
     """Update the model on one global batch.
 
@@ -81,6 +84,8 @@ def train_step(
         clip: largest gradient norm; 0 is off.
         stop: whether this rank was asked to stop; every rank learns of it.
         measure: whether the meter shall look at the gradients; equal on all ranks.
+        recorder: gets when this rank communicated; the layers' passes have it from their
+            `execution`.
     """
     share = 1.0 / len(micro_batches)
     routers = model.routers()
@@ -103,7 +108,8 @@ def train_step(
         for name, part in parts.items():
             extra[name] = extra.get(name, 0) + part.detach() * share
         meter.add(output.routings)
-    with record_function("step.reduce"):
+    watch = recorder.communication("reduce") if recorder else nullcontext()
+    with record_function("step.reduce"), watch:
         reducer.finish()
     if measure:
         meter.measure_gradients(reducer)  # now: a fused optimizer scales them in place

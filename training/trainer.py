@@ -19,18 +19,27 @@ from torch import Tensor
 
 from gatewise.moe.config import count_parameters
 from gatewise.moe.model import Decoder, parameter_specs
-from gatewise.moe.parallelize import build_model, write_gradients_directly
+from gatewise.moe.parallelize import (
+    apply_schedule,
+    build_model,
+    send_slices_in_windows,
+    write_gradients_directly,
+)
 from gatewise.parallel.buckets import make_buckets
 from gatewise.parallel.reducer import GradientReducer
 from gatewise.parallel.runtime import Runtime, memory_mb, multiplies_bf16
+from gatewise.parallel.schedule.executor import Execution
+from gatewise.parallel.streams import lanes_for
 from gatewise.routers.api import NoiseKey
 from gatewise.training.config import Precision, TrainConfig
 from gatewise.training.data import PreparedData
 from gatewise.training.evaluate import Evaluation, EvaluationStopped, evaluate
 from gatewise.training.hash_table import balance_hash_table
 from gatewise.training.health import HealthMeter
+from gatewise.training.lane_meter import LaneMeter
 from gatewise.training.optim import ShardedAdamW, learning_rate, load_apex_adam
 from gatewise.training.resume import Progress, RunCheckpoints
+from gatewise.training.schedule import plan_schedule
 from gatewise.training.sequences import SequenceOrder, read_batch
 from gatewise.training.sinks import MetricSink
 from gatewise.training.step import StepResult, train_step
@@ -127,6 +136,7 @@ class Trainer:
         _log.info("optimizer: %s", "NVIDIA Apex" if apex_adam else "torch's fused AdamW")
         self.optimizer = ShardedAdamW(buckets, config.optim, apex_adam=apex_adam)
         write_gradients_directly(self.model, self.reducer)
+        self._schedule_layers(folder)
         self.order = SequenceOrder(len(data.train.tokens), config.data.sequence_length, config.seed)
         self.meter = HealthMeter(
             len(self.model.moe_layers()),
@@ -136,6 +146,17 @@ class Trainer:
         )
         self.checkpoints = RunCheckpoints(config, runtime, data, folder)
         self.progress = Progress()
+
+    def _schedule_layers(self, folder: Path) -> None:
+        """Plan the MoE layers' passes and give them lanes."""
+        device = self.runtime.device
+        number_bytes = resolve_dtype(self.config.precision, device).itemsize
+        plan = plan_schedule(self.config, number_bytes=number_bytes)
+        self.lanes = LaneMeter(plan, self.runtime, folder, trace=self.config.schedule.trace)
+        execution = Execution(lanes_for(device), self.lanes.recorder)
+        apply_schedule(self.model, plan.schedule, execution)
+        send_slices_in_windows(self.model, self.reducer, window_bytes=plan.window_bytes)
+        _log.info("schedule of the MoE layers: %s", plan)
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save; return the run's results."""
@@ -162,6 +183,7 @@ class Trainer:
             tokens = config.batch.sequences * config.data.sequence_length
             # reading scalars makes the host wait; in between, one step may be under way
             stopped = self._inspect(losses)
+            self.lanes.end(step)
             for timer in (clock, window):
                 timer.seconds += time.perf_counter() - began
                 timer.tokens += tokens
@@ -215,6 +237,7 @@ class Trainer:
             measure: also take the norms of single experts' gradients.
         """
         config, progress = self.config, self.progress
+        self.lanes.begin(progress.step + 1)
         micro_batches, noise = self._read_micro_batches()
         result = train_step(
             self.model,
@@ -228,6 +251,7 @@ class Trainer:
             clip=config.optim.clip,
             stop=self.stop_requested,
             measure=measure,
+            recorder=self.lanes.recorder,
         )
         progress.step += 1
         progress.sample += config.batch.sequences
@@ -296,7 +320,7 @@ class Trainer:
             for label, norm in result.norms.items()
             if label != "total"
         }
-        return record | health
+        return record | health | self.lanes.drain()
 
     def _window_sums(self, losses: "_Window") -> dict[str, Tensor]:
         """Name the sums of the logging window, so that a resumed run goes on with them."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,14 +11,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gatewise.moe import MoE
-from gatewise.moe.compute import BACKWARD, FORWARD, Schedule
 from gatewise.moe.config import Activation
 from gatewise.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.layer import MoELayer
+from gatewise.moe.stages import BACKWARD, FORWARD, Schedule
 from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.dims import Groups, make_groups
-from gatewise.parallel.schedule.plan import staged_plan
+from gatewise.parallel.schedule.executor import Execution
+from gatewise.parallel.schedule.lanes import ThreadLanes
+from gatewise.parallel.schedule.plan import serial_plan, staged_plan
 from gatewise.routers.api import RoutingContext
 from gatewise.routers.config import BalanceScope, RouterConfig
 from gatewise.routers.router import ComposedRouter
@@ -34,13 +37,16 @@ SHARES = {  # tokens of each rank, and whether all choose the same experts
 
 
 def schedules() -> Iterator[tuple[str, Schedule]]:
-    """Yield 1, 2 and 3 chunks, one after the other and overlapped."""
+    """Yield 1, 2 and 3 chunks, one after the other and overlapped; and passes cut differently."""
     for chunks in (1, 2, 3):
         yield f"serial in {chunks}", Schedule.serial(chunks)
         yield (
             f"staged in {chunks}",
             Schedule(staged_plan(FORWARD, chunks), staged_plan(BACKWARD, chunks)),
         )
+    yield "2 and 3", Schedule(staged_plan(FORWARD, 2), staged_plan(BACKWARD, 3))
+    uneven = replace(staged_plan(FORWARD, 3), shares=(0.2, 0.5, 0.3))
+    yield "uneven and 1", Schedule(uneven, serial_plan(BACKWARD))
 
 
 def whole_layer() -> MoELayer:
@@ -100,6 +106,7 @@ def _is_the_one_rank_layer(rank: int, world: int, degree: int) -> None:
             with torch.no_grad():
                 whole.router.weight[:, 0] = -40.0 * torch.arange(EXPERTS)
         layer = spread(whole, groups)
+        layer.execution = Execution(ThreadLanes())
         want = passes(whole, x_TD, mix_TD)
         start = sum(shares[:rank])
         mine = slice(start, start + shares[rank])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gatewise.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, cut_pieces
 from gatewise.moe.plan_ahead import plan_tickets
+from gatewise.moe.stages import Schedule
 from gatewise.parallel.collectives import Group
 from gatewise.routers.ahead.plan import RoutePlan
 from ranks import run_ranks
@@ -31,15 +32,17 @@ def assert_invariants(
 ) -> None:
     group = dispatcher.group if isinstance(dispatcher, AllToAllDispatcher) else Group.of(None)
     before = group.traffic.calls
-    plans = plan_tickets(routes, dispatcher, chunks=CHUNKS)
+    plans = plan_tickets(routes, dispatcher, schedules=[Schedule.serial(c) for c in CHUNKS])
     assert group.traffic.calls - before == (1 if world > 1 else 0)
     for route, plan in zip(routes, plans, strict=True):
         for layer, chunks in enumerate(CHUNKS):
             expert_TK = route.layer(layer).expert_TK
             pieces = cut_pieces(expert_TK, chunks)
             alone = dispatcher.prepare(pieces, may_drop=True)
-            tickets = plan.layer(layer)
-            assert tickets is not None
+            both = plan.layer(layer)
+            assert both is not None
+            assert both.backward is both.forward
+            tickets = [chunk.ticket for chunk in both.forward]
             kept = int((expert_TK >= 0).sum())
             assert sum(ticket.order_N.shape[0] for ticket in tickets) == kept
             for ticket, wanted, piece in zip(tickets, alone, pieces, strict=True):
@@ -90,10 +93,11 @@ def test_tickets_made_ahead_on_one_rank_are_those_of_the_layers() -> None:
 
 def test_layers_that_decide_alike_share_their_tickets() -> None:
     (route,) = make_routes(0, 1, single=True, empty=False)
-    (plan,) = plan_tickets([route], LocalDispatcher(EXPERTS), chunks=(2, 2, 1))
+    schedules = [Schedule.serial(chunks) for chunks in (2, 2, 1)]
+    (plan,) = plan_tickets([route], LocalDispatcher(EXPERTS), schedules=schedules)
     first, second, third = (plan.layer(layer) for layer in range(3))
     assert first is not None
     assert second is not None
     assert third is not None
-    assert all(a is b for a, b in zip(first, second, strict=True))
-    assert len(third) == 1
+    assert all(a is b for a, b in zip(first.forward, second.forward, strict=True))
+    assert len(third.forward) == 1

@@ -7,8 +7,8 @@ import pytest
 import torch
 from training_runs import make_text, make_trainer, tiny
 
-from gatewise.moe.compute import BACKWARD, FORWARD, Schedule
 from gatewise.moe.model import Decoder
+from gatewise.moe.stages import BACKWARD, FORWARD, Schedule
 from gatewise.parallel.schedule.plan import staged_plan
 from gatewise.routers.ahead.config import AheadConfig, AheadKind, AheadWeights, Exchange
 from gatewise.routers.ahead.plan import record_routes

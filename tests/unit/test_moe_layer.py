@@ -2,6 +2,8 @@
 
 import copy
 import io
+import threading
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -12,13 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gatewise.moe import MoE
-from gatewise.moe.compute import BACKWARD, FORWARD, Schedule
 from gatewise.moe.config import Activation
 from gatewise.moe.dispatch import LocalDispatcher, cut_pieces
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.layer import MoELayer
+from gatewise.moe.stages import BACKWARD, FORWARD, Schedule
+from gatewise.parallel.schedule.executor import Execution
+from gatewise.parallel.schedule.lanes import ThreadLanes
 from gatewise.parallel.schedule.plan import staged_plan
+from gatewise.parallel.schedule.recorder import Recorder
 from gatewise.routers.api import RoutingContext
 from gatewise.routers.balance import max_violation
 from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction
@@ -33,6 +38,17 @@ def staged(chunks: int) -> Schedule:
     return Schedule(staged_plan(FORWARD, chunks), staged_plan(BACKWARD, chunks))
 
 
+def recut(forward: int | tuple[float, ...], backward: int | tuple[float, ...]) -> Schedule:
+    """Return a staged schedule whose passes have their own chunks: a number, or shares."""
+    plans = []
+    for graph, cut in ((FORWARD, forward), (BACKWARD, backward)):
+        if isinstance(cut, int):
+            plans.append(staged_plan(graph, cut))
+        else:
+            plans.append(replace(staged_plan(graph, len(cut)), shares=cut))
+    return Schedule(*plans)
+
+
 SCHEDULES = {
     "serial": Schedule.serial(),
     "serial in 2": Schedule.serial(2),
@@ -40,6 +56,15 @@ SCHEDULES = {
     "staged in 2": staged(2),
     "staged in 3": staged(3),
     "staged, more chunks than tokens": staged(7),
+}
+RECUT = {
+    "1 forward, 3 backward": recut(1, 3),
+    "3 forward, 1 backward": recut(3, 1),
+    "2 forward, 4 backward": recut(2, 4),
+    "3 forward, 2 backward": recut(3, 2),
+    "unequal alike": recut((0.2, 0.5, 0.3), (0.2, 0.5, 0.3)),
+    "unequal, and others backward": recut((0.2, 0.5, 0.3), (0.6, 0.4)),
+    "unequal in 2 forward, 3 backward": recut((0.7, 0.3), 3),
 }
 
 
@@ -147,13 +172,45 @@ def test_outputs_and_all_gradients_are_those_of_the_slow_loop(
                 raise AssertionError(f"{activation.name}, {name}") from error
 
 
+@pytest.mark.parametrize("num_tokens", [0, 3, 17])
+def test_passes_may_cut_the_tokens_differently(num_tokens: int) -> None:
+    for (num_experts, top_k), activation in zip([(5, 3), (8, 2), (2, 2)], Activation, strict=True):
+        want = _slow_case(num_experts, top_k, activation, num_tokens)
+        layer = make_layer(num_experts, top_k, activation)
+        for name, schedule in RECUT.items():
+            layer.schedule = schedule
+            have = run(layer, *tokens(num_tokens))
+            try:
+                assert_equal(have, want, 1e-10)
+            except AssertionError as error:
+                raise AssertionError(f"{activation.name}, {name}") from error
+
+
 @pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("schedule", ["serial", "staged in 3"])
+@pytest.mark.parametrize("schedule", ["serial", "staged in 3", "3 forward, 2 backward"])
 def test_fp32_is_within_rounding_of_the_slow_loop(activation: Activation, schedule: str) -> None:
     layer = make_layer(8, 2, activation, dtype=torch.float32)
-    layer.schedule = SCHEDULES[schedule]
+    layer.schedule = (SCHEDULES | RECUT)[schedule]
     x_TD, mix_TD = (t.float() for t in tokens(64))
     assert_equal(run(layer, x_TD, mix_TD), run_slowly(layer, x_TD, mix_TD), 1e-5)
+
+
+def test_lanes_give_the_bits_of_the_calling_thread() -> None:
+    layer = make_layer(8, 3, Activation.swiglu)
+    for name, schedule in (SCHEDULES | RECUT).items():
+        layer.schedule, layer.execution = schedule, Execution()
+        want = run(layer, *tokens(64))
+        layer.execution = Execution(ThreadLanes(), Recorder())
+        have = run(layer, *tokens(64))
+        assert all(torch.equal(have[key], want[key]) for key in want), name
+
+
+def test_no_thread_is_started_for_one_chunk() -> None:
+    layer = make_layer(8, 3, Activation.swiglu)
+    layer.execution = Execution(ThreadLanes())
+    before = set(threading.enumerate())
+    run(layer, *tokens(64))
+    assert set(threading.enumerate()) <= before
 
 
 def test_fp32_chunks_give_the_bits_of_the_serial_layer() -> None:
@@ -170,15 +227,17 @@ def test_fp32_chunks_give_the_bits_of_the_serial_layer() -> None:
 @pytest.mark.parametrize("schedule", ["serial", "staged in 2"])
 def test_a_shared_expert_adds_its_output_and_gradients(schedule: str) -> None:
     layer = make_layer(5, 2, Activation.swiglu, shared=True)
-    layer.schedule = SCHEDULES[schedule]
+    layer.schedule = (SCHEDULES | RECUT)[schedule]
     assert_equal(run(layer, *tokens(9)), run_slowly(layer, *tokens(9)), 1e-10)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-@pytest.mark.parametrize("schedule", ["serial", "serial in 5", "staged in 3"])
+@pytest.mark.parametrize(
+    "schedule", ["serial", "serial in 5", "staged in 3", "3 forward, 2 backward"]
+)
 def test_all_tokens_may_choose_the_same_experts(top_k: int, schedule: str) -> None:
     layer = make_layer(8, top_k, Activation.swiglu)
-    layer.schedule = SCHEDULES[schedule]
+    layer.schedule = (SCHEDULES | RECUT)[schedule]
     x_TD, mix_TD = tokens(20)
     x_TD[:, 0] = 1.0
     with torch.no_grad():

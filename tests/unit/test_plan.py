@@ -1,8 +1,10 @@
 """Plans and the executor: every task once, in an order that follows from the plan alone."""
 
+from dataclasses import replace
+
 import pytest
 
-from gatewise.moe.compute import BACKWARD, FORWARD, Schedule
+from gatewise.moe.stages import BACKWARD, FORWARD, Schedule, forward_graph
 from gatewise.parallel.schedule.executor import run_plan
 from gatewise.parallel.schedule.plan import (
     Plan,
@@ -136,9 +138,30 @@ def test_a_plan_must_list_every_task_once_in_its_lane(fault: str) -> None:
         Schedule(plan, serial_plan(BACKWARD, 2))
 
 
-def test_both_passes_cut_the_tokens_alike() -> None:
-    with pytest.raises(ValueError, match="forward plan has 2 chunks, backward plan 3"):
-        Schedule(serial_plan(FORWARD, 2), serial_plan(BACKWARD, 3))
+def test_a_plan_of_another_layer_is_refused_in_one_line() -> None:
+    sharded = forward_graph(is_sharded=True)
+    with pytest.raises(ValueError, match="differ in the stages gather_grad, scatter_grad"):
+        Schedule(serial_plan(sharded), serial_plan(BACKWARD), sharded, BACKWARD)
+    with pytest.raises(ValueError, match="plan of 1 chunks does not list every task once"):
+        Schedule(serial_plan(sharded), serial_plan(BACKWARD))
+    loose = StageGraph(
+        tuple(replace(s, after=()) if s.name == "experts" else s for s in FORWARD.stages)
+    )
+    with pytest.raises(ValueError, match="lets experts start without dispatch"):
+        Schedule(serial_plan(loose), serial_plan(BACKWARD), loose)
+    moved = StageGraph(
+        tuple(replace(s, lane="compute") if s.name == "collect" else s for s in FORWARD.stages)
+    )
+    with pytest.raises(ValueError, match="has collect in lane compute; it belongs to inter"):
+        Schedule(serial_plan(moved), serial_plan(BACKWARD), moved)
+
+
+def test_a_restricted_graph_keeps_what_must_come_before() -> None:
+    sharded = forward_graph(is_sharded=True)
+    whole = sharded.restrict(stage.name for stage in FORWARD.stages)
+    assert whole == FORWARD
+    plan = staged_plan(sharded, 3).restrict(whole)
+    assert plan == staged_plan(FORWARD, 3)
 
 
 def test_stages_are_listed_after_what_they_need() -> None:

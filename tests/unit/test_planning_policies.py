@@ -8,12 +8,12 @@ import pytest
 
 from gatewise.conf.compose import group_choices
 from gatewise.conf.presets import load_cluster, load_model_shape
-from gatewise.moe.compute import BACKWARD, FORWARD, Schedule
 from gatewise.moe.planning.block import Workload, block_work
 from gatewise.moe.planning.policies import Pass, Problem, bound_ms, staged_pass
 from gatewise.moe.planning.search import search_passes
 from gatewise.moe.planning.shapes import ModelShape
 from gatewise.moe.planning.whole import POLICIES, choose, propose, propose_all, unavailable
+from gatewise.moe.stages import BACKWARD, FORWARD, Schedule
 from gatewise.parallel.errors import ConfigError
 from gatewise.parallel.schedule.cluster import Cluster, cluster_profile
 from gatewise.parallel.schedule.cost import Cost, Interference

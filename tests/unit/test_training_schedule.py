@@ -1,0 +1,146 @@
+"""From settings to the layers' plans: what is refused, and what the plans look like."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gatewise.moe.config import ModelConfig
+from gatewise.moe.planning.stated import STATED_POLICIES, stated_schedule
+from gatewise.parallel.config import ParallelConfig
+from gatewise.parallel.errors import ConfigError
+from gatewise.parallel.schedule.cost import Cost, Interference
+from gatewise.parallel.schedule.plan import Task
+from gatewise.parallel.schedule.profiles import OPERATIONS, Layout, Profile, write_profile
+from gatewise.training.config import BatchConfig, TrainConfig
+from gatewise.training.schedule import plan_schedule
+from gatewise.training.schedule_config import POLICIES, ScheduleConfig
+
+
+def profile(path: Path, *, expert: int = 2, computes: bool = True) -> str:
+    """Write a profile in which moving costs about as much as computing, or computing nothing."""
+    moved = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
+    costs = {name: Cost(0.01, 1e-7) if computes else Cost(0.0, 0.0) for name in OPERATIONS}
+    costs |= {name: Cost(0.01, 1e-5) for name in moved}
+    layout = Layout(2, 1, expert=expert)  # two nodes
+    write_profile(Profile(layout, costs, Interference.none(), "made up"), path)
+    return str(path)
+
+
+def config(**schedule: Any) -> TrainConfig:
+    return TrainConfig(
+        parallel=ParallelConfig(ranks=2, expert=2), schedule=ScheduleConfig(**schedule)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"policy": "fastest"}, "schedule.policy is 'fastest'; it must be one of auto, serial"),
+        ({"policy": "whole_block"}, "schedule.policy is 'whole_block'; it must be one of"),
+        ({"policy": "fsmoe"}, "neither schedule.profile nor schedule.chunks_forward is set"),
+        ({"policy": "auto"}, "schedule.policy is auto, which chooses by costs; give"),
+        ({"policy": "search", "chunks_forward": 2}, "is search, which chooses by costs"),
+        ({"chunks_forward": 2}, "schedule.policy is serial, which has 1 chunk"),
+        ({"policy": "fsmoe", "chunks_forward": 0}, "schedule.chunks_forward is 0; it must be"),
+        ({"trace": 0}, "schedule.trace is 0; it must be at least 1 or null"),
+        ({"max_chunks": 0}, "schedule.max_chunks is 0; it must be at least 1$"),
+        (
+            {"policy": "fsmoe", "profile": "p.json", "chunks_forward": 2},
+            "schedule.profile and schedule.chunks_forward or chunks_backward are both set",
+        ),
+        (
+            {"policy": "tutel", "chunks_forward": 2, "chunks_backward": 3},
+            "schedule.chunks_backward is 3 and chunks_forward 2; schedule.policy=tutel has one",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ScheduleConfig(**fields)
+
+
+def test_more_chunks_than_tokens_are_refused() -> None:
+    schedule = ScheduleConfig(policy="fsmoe", chunks_forward=4, chunks_backward=4097)
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(schedule=schedule)
+    assert str(caught.value) == (
+        "schedule.chunks_backward is 4097, more than the 4096 tokens of a rank's micro-batch; "
+        "choose from 1 to 4096"
+    )
+    TrainConfig(schedule=dataclasses.replace(schedule, chunks_backward=4096))
+
+
+def test_a_dense_model_has_nothing_to_schedule() -> None:
+    schedule = ScheduleConfig(policy="fsmoe", chunks_forward=2)
+    with pytest.raises(ConfigError, match=r"schedule\.policy is fsmoe but the model has no MoE"):
+        TrainConfig(model=ModelConfig(num_experts=0), schedule=schedule)
+
+
+@pytest.mark.parametrize("policy", STATED_POLICIES)
+def test_stated_numbers_are_those_of_the_plans(policy: str) -> None:
+    schedule = stated_schedule(policy, 3, 2)
+    assert (schedule.forward.chunks, schedule.backward.chunks) == (3, 2)
+    one_lane = policy in ("tutel", "pipemoe_lina", "fsmoe_no_iio")
+    sharded = stated_schedule(policy, 3, 2, is_sharded=True)
+    listed = {lane for lane, tasks in sharded.forward.lanes.items() if tasks}
+    assert listed == ({"compute", "inter"} if one_lane else {"compute", "inter", "intra"})
+
+
+def test_interleaved_plans_scatter_between_gathers() -> None:
+    lane = stated_schedule("interleaved", 3, 3, is_sharded=True).forward.lanes["intra"]
+    assert lane == tuple(
+        Task(name, chunk)
+        for name, chunk in [
+            ("gather", 0),
+            ("gather", 1),
+            ("scatter", 0),
+            ("gather", 2),
+            ("scatter", 1),
+            ("scatter", 2),
+        ]
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_plans_from_a_profile(policy: str, tmp_path: Path) -> None:
+    plan = plan_schedule(config(policy=policy, profile=profile(tmp_path / "p.json")))
+    assert set(plan.predicted) == {"forward", "backward"}
+    assert plan.policy in POLICIES
+    if policy not in ("auto", "serial"):
+        assert plan.policy == policy
+        assert max(plan.schedule.forward.chunks, plan.schedule.backward.chunks) > 1
+    names = {interval.task.stage for interval in plan.predicted["forward"].intervals}
+    assert names == {"order", "dispatch", "experts", "collect", "combine"}
+
+
+def test_a_window_is_as_large_as_the_plan_says(tmp_path: Path) -> None:
+    plan = plan_schedule(config(policy="fsmoe", profile=profile(tmp_path / "p.json")))
+    in_plan = [t for tasks in plan.schedule.backward.lanes.values() for t in tasks]
+    windows = [task for task in in_plan if task.stage == "reduce_window"]
+    assert bool(windows) == (plan.window_bytes > 0)
+
+
+def test_auto_falls_back_to_serial_where_there_is_nothing_to_hide_behind(tmp_path: Path) -> None:
+    quick = profile(tmp_path / "p.json", computes=False)
+    plan = plan_schedule(config(policy="auto", profile=quick))
+    assert plan.policy == "serial"
+    assert "overlap would not pay here" in str(plan)
+
+
+def test_a_profile_of_another_layout_is_refused(tmp_path: Path) -> None:
+    other = profile(tmp_path / "p.json", expert=1)
+    with pytest.raises(ConfigError, match=r"p.json is of another layout: its expert is 1, this"):
+        plan_schedule(config(policy="fsmoe", profile=other))
+    with pytest.raises(ConfigError, match=r"profile .*none.json cannot be read"):
+        plan_schedule(config(policy="fsmoe", profile=str(tmp_path / "none.json")))
+
+
+def test_micro_batches_bound_what_is_planned(tmp_path: Path) -> None:
+    small = dataclasses.replace(
+        config(policy="fsmoe", profile=profile(tmp_path / "p.json"), max_chunks=2),
+        batch=BatchConfig(sequences=4, micro=1),
+    )
+    plan = plan_schedule(small)
+    assert max(plan.schedule.forward.chunks, plan.schedule.backward.chunks) <= 2

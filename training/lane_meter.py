@@ -1,0 +1,123 @@
+"""What the lanes of a step did: exposed communication, and one step as a Chrome trace.
+
+Read `parallel/schedule/recorder.py` first. Each rank writes `trace/step_<n>_rank_<r>.json`:
+measured lanes and, below them, what was predicted. Perfetto opens several at once. Time zero is
+the end of a barrier, so that ranks on different machines agree to within its length.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from gatewise.parallel.collectives import Group
+from gatewise.parallel.dims import Groups
+from gatewise.parallel.runtime import Runtime
+from gatewise.parallel.schedule.plan import Lane
+from gatewise.parallel.schedule.recorder import Mark, Recorder, split_waits
+from gatewise.parallel.schedule.timeline import Timeline, chrome_events
+from gatewise.parallel.streams import clock_for
+from gatewise.training.schedule import TrainingSchedule
+
+__all__ = ["LaneMeter", "trace_events"]
+
+_FIRST_STAGE = {"order": "forward", "combine_grad": "backward"}  # of a layer's passes
+
+
+class LaneMeter:
+    """Reads the recorder of a rank's MoE layers after each step.
+
+    Args:
+        plan: what the layers run by.
+        runtime: of this rank.
+        folder: of the run.
+        trace: step whose lanes are written down; None: none.
+    """
+
+    def __init__(
+        self, plan: TrainingSchedule, runtime: Runtime, folder: Path, *, trace: int | None
+    ) -> None:
+        self.recorder = Recorder(clock_for(runtime.device))
+        self._plan, self._runtime, self._folder, self._trace = plan, runtime, folder, trace
+        self._origin: Mark | None = None
+        self._exposed_ms: list[float] = []  # of each step since the last record
+
+    def begin(self, step: int) -> None:
+        """Get ready for a step; all ranks start the one to be traced together."""
+        self.recorder.clear()
+        self._origin = None
+        if step == self._trace:
+            control = self._runtime.groups.control
+            if control.handle is not None:
+                dist.barrier(group=control.handle)
+            self._origin = self.recorder.mark()
+
+    def end(self, step: int) -> None:
+        """Read what the step did, once the host has waited for it."""
+        line = self.recorder.drain(self._origin)
+        self._exposed_ms.append(line.exposed_ms())
+        if self._origin is not None:
+            groups = self._runtime.groups
+            lines = _gather_lines(line, groups)
+            events = trace_events(line, lines, {"inter": groups.expert}, self._plan.predicted)
+            path = self._folder / "trace" / f"step_{step}_rank_{self._runtime.rank}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({"traceEvents": events}) + "\n", encoding="utf-8")
+
+    def drain(self) -> dict[str, float]:
+        """Return the mean over the steps since the last record, in ms."""
+        exposed_ms, self._exposed_ms = self._exposed_ms, []
+        if not exposed_ms:
+            return {}
+        return {"schedule/exposed_communication_ms": sum(exposed_ms) / len(exposed_ms)}
+
+
+def _gather_lines(own: Timeline, groups: Groups) -> Sequence[Timeline]:
+    """Return what every rank measured, in the order of ranks."""
+    if groups.control.handle is None:
+        return [own]
+    lines: list[Timeline] = [own] * groups.ranks
+    dist.all_gather_object(lines, own, group=groups.control.handle)
+    return lines
+
+
+def trace_events(
+    own: Timeline,
+    lines: Sequence[Timeline],
+    groups: Mapping[Lane, Group],
+    predicted: Mapping[str, Timeline],
+) -> list[dict[str, Any]]:  # JSON's own types
+    """Return the events of a rank's trace.
+
+    Args:
+        own: what this rank measured.
+        lines: what every rank measured, on one clock.
+        groups: whose members a lane's collectives wait for.
+        predicted: of one layer's "forward" and "backward"; may be empty.
+    """
+    for lane, group in groups.items():
+        if group.handle is not None:
+            members = [lines[rank] for rank in dist.get_process_group_ranks(group.handle)]
+            own = split_waits(own, members, lane)
+    events = chrome_events(own, "measured", process=0)
+    threads = {str(event["name"]): event for event in events if event["ph"] == "X"}
+    events += [
+        {
+            **threads[str(interval.task)],
+            "name": "wait for other ranks",
+            "ts": round(interval.start_ms * 1e3, 3),
+            "dur": round((interval.end_ms - interval.start_ms - interval.work_ms) * 1e3, 3),
+            "args": {},
+        }
+        for interval in own.intervals
+        if interval.end_ms - interval.start_ms - interval.work_ms > 1e-3
+    ]
+    for interval in own.intervals:
+        name = _FIRST_STAGE.get(interval.task.stage.rpartition(".")[2], "")
+        if name in predicted and interval.task.chunk == 0:
+            line = predicted[name]
+            found = chrome_events(line, "predicted", process=1, start_ms=interval.start_ms)
+            events += [e for e in found if e["ph"] == "X" or e not in events]
+    return events

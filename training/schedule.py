@@ -1,0 +1,148 @@
+"""From the settings of a run to the plans of its MoE layers, before any rank starts.
+
+Read `schedule_config.py` and `moe/planning/policies.py` first. Every rank makes the same plan of
+the same settings and the same profile.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gatewise.moe.config import Activation
+from gatewise.moe.planning.block import Workload, block_work
+from gatewise.moe.planning.policies import LAYER_POLICIES, Pass, Problem, Proposal
+from gatewise.moe.planning.shapes import ModelShape
+from gatewise.moe.planning.stated import stated_schedule
+from gatewise.moe.planning.whole import choose, propose
+from gatewise.moe.stages import Schedule, backward_graph, forward_graph
+from gatewise.parallel.errors import ConfigError
+from gatewise.parallel.schedule.cost import Amount, Cost
+from gatewise.parallel.schedule.profiles import Layout, Profile, read_profile
+from gatewise.parallel.schedule.timeline import Timeline
+from gatewise.training.config import TrainConfig
+
+__all__ = ["TrainingSchedule", "plan_schedule"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSchedule:
+    """The plans of every MoE layer, and what is predicted of them."""
+
+    policy: str
+    schedule: Schedule
+    predicted: Mapping[str, Timeline]  # of one layer's "forward" and "backward"; empty: unknown
+    window_bytes: float = 0.0  # of gradients, summed within each layer's backward pass
+    note: str = ""
+
+    def __str__(self) -> str:
+        forward, backward = self.schedule.forward.chunks, self.schedule.backward.chunks
+        text = f"{self.policy}, {forward} chunks forward, {backward} backward"
+        return f"{text} ({self.note})" if self.note else text
+
+
+def plan_schedule(config: TrainConfig, *, number_bytes: int = 4) -> TrainingSchedule:
+    """Return the schedule of a run's MoE layers.
+
+    Args:
+        config: checked settings.
+        number_bytes: of one number that travels.
+
+    Raises:
+        ConfigError: if the profile cannot be read, or is of another layout.
+    """
+    asked = config.schedule
+    if asked.profile is None:
+        schedule = stated_schedule(asked.policy, *asked.chunks)
+        return TrainingSchedule(asked.policy, schedule, {})
+    path = Path(asked.profile).expanduser()
+    profile = read_profile(path)
+    layout = Layout(
+        config.parallel.ranks, profile.layout.ranks_per_node, expert=config.parallel.expert
+    )
+    profile.require(layout, name=f"schedule.profile {path}")
+    problem = _problem(config, profile, number_bytes)
+    if asked.policy == "auto":
+        names = (*LAYER_POLICIES, "search")
+        proposal = choose([propose(name, problem) for name in names])
+    else:
+        proposal = propose(asked.policy, problem)
+    return _of_layer(proposal, problem, is_sharded=layout.shard > 1)
+
+
+def _problem(config: TrainConfig, profile: Profile, number_bytes: int) -> Problem:
+    """Return what the policies are asked: a block of this model, one micro-batch of one rank."""
+    share = config.batch.sequences // config.parallel.ranks
+    sequences = config.batch.micro or share
+    tokens = sequences * config.data.sequence_length
+    work = block_work(
+        _shape(config),
+        profile,
+        Workload(
+            sequences * profile.layout.shard,
+            config.data.sequence_length,
+            activation_bytes=number_bytes,
+            recompute=config.recompute,
+        ),
+    )
+    # a layer's plan lists every stage, also those that cost nothing in this layout
+    is_sharded = profile.layout.shard > 1
+    nothing = Amount(Cost(0.0, 0.0), 1.0)
+    work = replace(
+        work,
+        forward={s.name: nothing for s in forward_graph(is_sharded=is_sharded).stages}
+        | dict(work.forward),
+        backward={s.name: nothing for s in backward_graph(is_sharded=is_sharded).stages}
+        | dict(work.backward),
+    )
+    return Problem(
+        work,
+        profile.interference,
+        min(config.schedule.max_chunks, tokens),
+        sequences=sequences,
+        micro_batches=share // sequences,
+    )
+
+
+def _shape(config: TrainConfig) -> ModelShape:
+    model = config.model
+    return ModelShape(
+        name=config.name,
+        source="settings of a run",
+        layers=model.layers,
+        hidden=model.hidden,
+        vocab=config.data.vocab_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads or model.heads,
+        head_dim=model.hidden // model.heads,
+        experts=model.num_experts,
+        top_k=model.top_k,
+        expert_width=model.expert_width,
+        shared_experts=model.shared_experts,
+        matrices=3 if model.activation is Activation.swiglu else 2,
+        tied_embeddings=model.tie_embeddings,
+    )
+
+
+def _of_layer(proposal: Proposal, problem: Problem, *, is_sharded: bool) -> TrainingSchedule:
+    """Leave out of a block's plan what does not belong to the layer of experts."""
+    if proposal.policy == "serial":  # one chunk; only weight gradients run beside communication
+        schedule = Schedule.serial(is_sharded=is_sharded)
+    else:
+        try:
+            first, second = (
+                (proposal.passes[name].graph, proposal.passes[name].plan)
+                for name in ("forward", "backward")
+            )
+            schedule = Schedule.of(first, second, is_sharded=is_sharded)
+        except ValueError as error:
+            raise ConfigError(f"schedule.policy is {proposal.policy}: {error}") from error
+    predicted = {}
+    for name, graph, plan in (
+        ("forward", schedule.forward_graph, schedule.forward),
+        ("backward", schedule.backward_graph, schedule.backward),
+    ):
+        own = Pass(graph, plan, proposal.passes[name].amounts)
+        predicted[name] = own.timeline(problem.interference)
+    window = proposal.passes["backward"].amounts.get("reduce_window")
+    window_bytes = window.size if window and schedule.reduce_shares else 0.0
+    return TrainingSchedule(proposal.policy, schedule, predicted, window_bytes, proposal.note)
