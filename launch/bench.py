@@ -13,6 +13,7 @@ _BENCHES = {
     "kernels": ("gatewise.launch.bench_kernels", "packed low-bit weights beside torch's products"),
     "layer": ("gatewise.launch.bench_layer", "one MoE layer beside its peers"),
     "pregate": ("gatewise.launch.bench_pregate", "counts exchanged per layer, or planned ahead"),
+    "schedule": ("gatewise.launch.bench_schedule", "schedules on emulated nodes, and predictions"),
     "step": ("gatewise.launch.bench_step", "where a training step spends its time"),
 }
 
@@ -26,7 +27,7 @@ def usage(arguments: Sequence[str]) -> str:
     """Return the help of one benchmark, or the list of them."""
     if not arguments:
         lines = ["usage: gatewise bench WHAT [field=value ...]", ""]
-        return "\n".join(lines + [f"  {name:<8} {text}" for name, (_, text) in _BENCHES.items()])
+        return "\n".join(lines + [f"  {name:<9} {text}" for name, (_, text) in _BENCHES.items()])
     return str(_load(arguments).usage(arguments[1:]))
 
 

@@ -26,7 +26,7 @@ COMMANDS = {
     "distil": ("gatewise.launch.distil", "train a pre-gate to choose as a checkpoint's routers do"),
     "bench": (
         "gatewise.launch.bench",
-        "measure this machine: `bench layer`, `step`, `kernels`, `pregate`",
+        "measure this machine: `bench kernels`, `layer`, `pregate`, `schedule`, `step`",
     ),
     "compress": ("gatewise.launch.compress", "quantise a checkpoint's experts to a few bits"),
     "export": ("gatewise.launch.export", "write a compressed model for another program"),

@@ -120,6 +120,7 @@ def run_ranks(
 
     Raises:
         RankFailure: if a rank raises or dies; the others have been ended.
+        KeyboardInterrupt: if ranks that save nothing ended by the signal that was passed on.
     """
     warm_up(threads)
     with tempfile.TemporaryDirectory(prefix="gatewise_") as folder:
@@ -139,6 +140,8 @@ def run_ranks(
             finally:
                 ranks.kill()
     if any(outcome.failed for outcome in outcomes):
+        if ranks.were_stopped:
+            raise KeyboardInterrupt
         raise _failure(outcomes, logs)
     return outcomes
 
@@ -214,6 +217,12 @@ class _Ranks:
         for process in self._processes:
             if process.pid is not None and process.exitcode is None:
                 _send(process.pid, signal.SIGTERM if self._stops == 1 else signal.SIGKILL)
+
+    @property
+    def were_stopped(self) -> bool:
+        """Tell whether the ranks were asked to end, and this is why they failed."""
+        codes = [outcome.exit_code for outcome in self.outcomes if outcome.failed]
+        return self._stops > 0 and all(code == -signal.SIGTERM for code in codes)
 
     def kill(self) -> None:
         """End what still runs, with everything it started."""

@@ -207,8 +207,9 @@ def _add_experts(
     # rows are read and written once on the way in and once on the way out
     touched = (1 + shape.top_k) * tokens * shape.hidden * number / shard
 
-    def products(size: float, factor: float = 1.0) -> Amount:
-        return Amount(costs["experts"].scaled(shape.matrices * factor), size)
+    def products(size: float, factor: float = 1.0, part: str = "experts") -> Amount:
+        cost = costs.get(part, costs["experts"])
+        return Amount(cost.scaled(shape.matrices * factor), size)
 
     forward |= {
         "order": Amount(costs["memory"], touched),
@@ -225,8 +226,8 @@ def _add_experts(
         "collect_grad": exchange,
         "scatter_grad": gather,
         "shared_grad": products(shared, 2 + again),
-        "experts_data": products(product, 1 + again),
-        "experts_weights": products(product),
+        "experts_data": products(product, 1 + again, "experts_data"),
+        "experts_weights": products(product, part="experts_weights"),
         "gather_grad": scatter,
         "dispatch_grad": exchange,
         "order_grad": Amount(costs["memory"], touched),

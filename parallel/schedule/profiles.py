@@ -11,7 +11,7 @@ refused.
 
 Sizes: bytes in and out of one rank for the collectives (the gathered size for all_gather and
 reduce_scatter), multiply-adds for `experts` (one matrix product) and `attention`, bytes touched
-for `memory`.
+for `memory`. `experts_data` and `experts_weights` may stand beside `experts` for its backward pass.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any
 from gatewise.parallel.errors import ConfigError
 from gatewise.parallel.schedule.cost import Cost, Interference, cost_from_json
 
-__all__ = ["OPERATIONS", "Layout", "Profile", "read_profile", "write_profile"]
+__all__ = ["OPERATIONS", "OPTIONAL", "Layout", "Profile", "read_profile", "write_profile"]
 
 OPERATIONS = (
     "all_to_all",
@@ -34,6 +34,8 @@ OPERATIONS = (
     "attention",
     "memory",
 )
+# Parts of the experts' backward pass, where they do not cost what `experts` does.
+OPTIONAL = ("experts_data", "experts_weights")
 _FORMAT = "gatewise-profile"
 _VERSION = 1
 
@@ -178,8 +180,9 @@ def read_profile(path: Path) -> Profile:
 
 
 def _cost(name: str, value: Mapping[str, Any]) -> Cost:
-    if name not in OPERATIONS:
-        raise ValueError(f"cost of {name!r} is none of {', '.join(OPERATIONS)}")
+    known = (*OPERATIONS, *OPTIONAL)
+    if name not in known:
+        raise ValueError(f"cost of {name!r} is none of {', '.join(known)}")
     try:
         return cost_from_json(value)
     except (TypeError, ValueError) as error:

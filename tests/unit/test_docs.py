@@ -14,6 +14,7 @@ from gatewise.conf.fields import field_table
 from gatewise.launch import analyze, bench_pregate, bench_step, evaluate
 from gatewise.launch.bench_kernels import KernelBenchConfig
 from gatewise.launch.bench_layer import LayerBenchConfig
+from gatewise.launch.bench_schedule import ScheduleBenchConfig
 from gatewise.launch.cli import COMMANDS
 from gatewise.launch.doctor import DoctorConfig, without_build
 from gatewise.launch.export import ExportConfig
@@ -110,6 +111,7 @@ def parse(command: str) -> None:
             "bench kernels": KernelBenchConfig,
             "export": ExportConfig,
             "bench layer": LayerBenchConfig,
+            "bench schedule": ScheduleBenchConfig,
             "distil": DistilConfig,
             "doctor": DoctorConfig,
             "plan": PlanConfig,
