@@ -190,7 +190,8 @@ def _plain_layers(
 
 
 def _whole(layer: MoE, x_1D: Tensor) -> Tensor:
-    return layer(x_1D)  # type: ignore[no-any-return]  # a module
+    """Apply the layer as a model does that generates."""
+    return layer.layer(x_1D, RoutingContext(measures=False), 0)[0]  # type: ignore[no-any-return]  # a module
 
 
 def _loop(layer: MoE, x_1D: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ def _loop(layer: MoE, x_1D: Tensor) -> Tensor:
 
 
 def _route(layer: MoE, x_1D: Tensor) -> Routing:
-    return layer.router(x_1D, RoutingContext(), 0)[0]
+    return layer.router(x_1D, RoutingContext(measures=False), 0)[0]
 
 
 def _layer_candidate(  # noqa: PLR0917 - the parts of a candidate

@@ -263,6 +263,7 @@ class Decoder(nn.Module):
             padding_T=context.padding_T,
             sequences=batch,
             noise=context.noise,
+            measures=context.measures and cache is None,  # generation asks for no measures
         )
         rotary = rotary_tables(
             positions,

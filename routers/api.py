@@ -147,6 +147,7 @@ class RoutingContext:
     sequences: int = 1  # B; T is sequence-major
     noise: NoiseKey | None = None  # None: no noise (evaluation)
     columns: ExpertColumns | None = None  # of this layer's experts, for routers that read them
+    measures: bool = True  # False: nobody reads losses, load and health of the routings
 
     def decision(self, layer: int) -> Decision | None:
         """Return what was decided ahead for a layer of the model; None where it decides itself."""

@@ -113,6 +113,8 @@ class ComposedRouter(StatefulRouter):
                 expert_TK = self._drop_second(expert_TK, weight_TK, context, layer)
                 weight_TK = weight_TK.masked_fill(expert_TK < 0, 0.0)
                 variable = True
+            if not context.measures:
+                return Routing(expert_TK, weight_TK, logits_TE, variable=variable), context
             share_TE = shares(score_TE, config.score)
             balanced_TE = score_TE if config.sparsity_rate else share_TE
             parts = self._losses(logits_TE, share_TE, balanced_TE, expert_TK, context, variable)

@@ -70,11 +70,17 @@ def test_a_checkpoint_is_compressed_evaluated_and_continued(trained: Path, tmp_p
     assert done.returncode == 0, done.stderr
     loss = result_of(tmp_path / "measured")["val_loss"]
     assert loss == pytest.approx(result["evaluation"]["loss_after"], abs=0.2)  # more of the text
+    arguments = ["evaluate", f"checkpoint={small}", "weights=dequantised", "run.dir=reference"]
+    done = gatewise(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert result_of(tmp_path / "reference")["val_loss"] == pytest.approx(loss, abs=0.01)
 
     arguments = ["generate", f"checkpoint={small}", "prompt=def", "tokens=5", "run.dir=sample"]
     done = gatewise(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert result_of(tmp_path / "sample")["prompt"] == "def"
+    sample = result_of(tmp_path / "sample")
+    assert (sample["prompt"], sample["weights"]) == ("def", "packed")
+    assert sample["tokens_per_second"] > 0
 
     again = gatewise("compress", f"checkpoint={small}", "run.dir=again", cwd=tmp_path)
     assert again.returncode == 2

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from gatewise.launch import session
+from gatewise.launch import doctor, session
 from gatewise.launch.cli import COMMANDS, main
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
 from gatewise.launch.spawn import RankFailure
+from gatewise.moe.ops.build import find_compiler
 from gatewise.parallel.errors import DataError
 
 
@@ -70,6 +71,26 @@ def test_doctor_reports_and_ends_with_the_path_of_its_result(
     assert result["backends"]["gloo"] is True
     assert result["versions"]["torch"] is not None
     assert set(result["optional"]) >= {"wandb", "deepspeed", "apex"}
+
+
+def test_doctor_builds_the_kernels_when_asked_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert main(["doctor", "--build", f"run.dir={tmp_path}"]) == 0
+    kernels = json.loads((tmp_path / "result.json").read_text())["kernels"]
+    assert Path(kernels["library"]).is_file()
+    assert "kernels         built; products with packed weights: " in capsys.readouterr().out
+
+
+def test_doctor_that_cannot_build_says_why_and_ends_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "find_compiler", lambda: None)
+    assert main(["doctor", "--build", f"run.dir={tmp_path}"]) == 1
+    assert "the kernels were not built: no C++ compiler found" in capsys.readouterr().err
+    assert main(["doctor", f"run.dir={tmp_path / 'look'}"]) == 0
 
 
 def test_doctor_knows_the_unrelated_apex(

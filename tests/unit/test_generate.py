@@ -5,13 +5,14 @@ from collections.abc import Iterable
 import pytest
 import torch
 
+from gatewise.moe.attention import KeyValueCache
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.model import Decoder
 from gatewise.moe.parallelize import build_model
 from gatewise.parallel.collectives import NO_GROUP
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.config import RouterConfig
-from gatewise.training.generate import Sampling, stream_text
+from gatewise.training.generate import Sampling, Tally, stream_text
 from gatewise.training.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -121,3 +122,26 @@ def test_only_the_best_tokens_are_drawn() -> None:
 def test_settings_out_of_range_are_named(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling(**settings)  # type: ignore[arg-type]
+
+
+def test_routers_are_asked_for_choices_alone() -> None:
+    model = build().eval()
+    token_1S = torch.tensor([BYTES.encode("def f(x):")])
+    for alone, full in zip(
+        model(token_1S, cache=KeyValueCache()).routings, model(token_1S).routings, strict=True
+    ):
+        assert torch.equal(alone.expert_TK, full.expert_TK)
+        assert torch.equal(alone.weight_TK, full.weight_TK)
+        assert full.losses
+        assert (alone.losses, alone.load, alone.health) == ({}, None, {})
+
+
+def test_the_tally_counts_what_was_drawn() -> None:
+    tally = Tally()
+    pieces = list(stream_text(build(), BYTES, "def ", Sampling(tokens=7), tally))
+    assert pieces
+    assert (tally.prompt_tokens, tally.tokens) == (4, 6)
+    assert tally.tokens_per_second == pytest.approx(6 / tally.seconds)
+    one = Tally()
+    list(stream_text(build(), BYTES, "", Sampling(tokens=1), one))
+    assert (one.prompt_tokens, one.tokens, one.tokens_per_second) == (1, 0, None)

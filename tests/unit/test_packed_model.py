@@ -8,7 +8,7 @@ import torch
 from compressed_models import PLANS, compressed, settings, trained
 
 from gatewise.compression.artefact import read_parts, read_plan
-from gatewise.compression.config import Weights
+from gatewise.compression.config import PruneConfig, PruneRule, Weights
 from gatewise.compression.pipeline import Source, load_compressed
 from gatewise.compression.plan import Plan
 from gatewise.compression.runtime import load_packed, to_panels, weight_bytes
@@ -119,6 +119,19 @@ def test_routers_that_read_weights_read_the_dequantised_ones(tmp_path: Path) -> 
     token_BS = tokens(2, 40)
     wanted = logits(plain, token_BS)
     assert float((logits(packed, token_BS) - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_pruning_takes_experts_out_of_packed_layers_too(source: Source, tmp_path: Path) -> None:
+    config = settings(bits=2.8, prune=PruneConfig(rule=PruneRule.ratio))
+    path, _ = compressed(source, config, tmp_path / "pruned")
+    stored = open_checkpoint(str(path))
+    packed, plain = (restore_model(stored, device=CPU, weights=weights) for weights in Weights)
+    token_BS = tokens(2, 40)
+    with torch.no_grad():
+        routings = packed(token_BS).routings
+    assert any(bool((routing.expert_TK < 0).any()) for routing in routings)
+    wanted = logits(plain, token_BS)
+    assert float((logits(packed, token_BS) - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_how_weights_are_held_can_be_chosen_for_compressed_models_only(

@@ -22,6 +22,7 @@ namespace gatewise {
 
 constexpr int64_t PANEL_ROWS = 16;
 constexpr int64_t TASK_PANELS = 4;  // panels that a thread takes at a time
+constexpr int64_t AHEAD = 2048;     // bytes that are asked for ahead of their use; measured
 
 enum PackedSet : int64_t { PACKED_AVX2 = 1, PACKED_VNNI = 2 };
 
@@ -123,34 +124,42 @@ struct Vnni {
   typedef __m512 sums;
 
   static sums zero() { return _mm512_setzero_ps(); }
-  static __m512i spread(const int8_t* x) {  // 4 activations to all rows
-    int32_t four;
-    memcpy(&four, x, 4);
-    return _mm512_set1_epi32(four);
+  // into[row] += code[row, 0..3] . x[0..3]. The compiler would load and spread x by an instruction
+  // of its own.
+  static __m512i add(__m512i into, __m512i code, const int8_t* x) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0"
+        : "+v"(into)
+        : "v"(code), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+    return into;
   }
 
-  template <int PLANE>
-  static dots product(const uint8_t* w, const int8_t* x, int64_t vectors) {
+  // VECTORS is their number where it is known, else 0.
+  template <int PLANE, int VECTORS>
+  static inline __attribute__((always_inline)) dots product(const uint8_t* w, const int8_t* x,
+                                                            int64_t vectors) {
     constexpr int FIELDS = 8 / PLANE;
     constexpr int CHAINS = FIELDS >= 4 ? 1 : 4 / FIELDS;  // sums that do not wait for each other
+    static_assert(VECTORS % CHAINS == 0);
     __m512i part[CHAINS][FIELDS];
     for (auto& chain : part)
       for (auto& field : chain) field = _mm512_setzero_si512();
-    auto add = [&](int64_t v, __m512i* into) {
-      const __m512i code = _mm512_loadu_si512(w + 64 * v);
+    auto add_vector = [&](__m512i* into) __attribute__((always_inline)) {
+      _mm_prefetch(reinterpret_cast<const char*>(w + AHEAD), _MM_HINT_T0);
+      const __m512i code = _mm512_loadu_si512(w);
 #pragma GCC unroll 8
       for (int f = 0; f < FIELDS; f++) {
         const __m512i mask = _mm512_set1_epi8(char(((1 << PLANE) - 1) << (PLANE * f)));
-        const __m512i field = PLANE == 8 ? code : _mm512_and_si512(code, mask);
-        into[f] = _mm512_dpbusd_epi32(into[f], field, spread(x + (v * FIELDS + f) * 4));
+        into[f] = add(into[f], PLANE == 8 ? code : _mm512_and_si512(code, mask), x + 4 * f);
       }
+      w += 64;
+      x += 4 * FIELDS;
     };
-    int64_t v = 0;
-    for (; v + CHAINS <= vectors; v += CHAINS) {
-#pragma GCC unroll 4
-      for (int chain = 0; chain < CHAINS; chain++) add(v + chain, part[chain]);
+    if constexpr (VECTORS > 0) {
+#pragma GCC unroll 32
+      for (int v = 0; v < VECTORS; v++) add_vector(part[v % CHAINS]);
+    } else {
+      for (int64_t v = 0; v < vectors; v++) add_vector(part[0]);
     }
-    for (; v < vectors; v++) add(v, part[0]);
     __m512i total = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int f = FIELDS - 1; f >= 0; f--) {
@@ -201,7 +210,7 @@ struct Avx2 {
   }
 
   // Pairs of products add up in 16 bits, which saturate: codes of 8 bits go nibble by nibble.
-  template <int PLANE>
+  template <int PLANE, int>
   static dots product(const uint8_t* w, const int8_t* x, int64_t vectors) {
     constexpr int FIELDS = 8 / PLANE;
     constexpr int WIDTH = PLANE == 8 ? 4 : PLANE;
@@ -265,6 +274,8 @@ struct Avx2 {
   }
 };
 
+constexpr int64_t USUAL_GROUP = 128;  // whose loops are unrolled
+
 // y[panel's rows] = matrix[panel's rows] . row
 template <class Isa, int LOW, bool HIGH>
 void panel_product(const PackedMatrix& matrix, int64_t panel, QuantisedRow row, float* y) {
@@ -273,20 +284,25 @@ void panel_product(const PackedMatrix& matrix, int64_t panel, QuantisedRow row, 
   const uint8_t* high = low + matrix.plane_bytes(LOW);
   const int64_t groups = matrix.groups(), stride = padded_group(matrix.group);
   const uint8_t* zero = matrix.has_zero ? scale + 32 * groups : nullptr;
+  const float constant = float(matrix.zero);
   auto total = Isa::zero();
   for (int64_t g = 0; g < groups; g++) {
     const int64_t length = matrix.length(g);
     const int8_t* x = row.code + g * stride;
     const int64_t vectors = PackedMatrix::vectors(LOW, length);
-    auto dot = Isa::template product<LOW>(low, x, vectors);
-    low += 64 * vectors;
-    if constexpr (HIGH) {
+    typename Isa::dots dot;
+    if (length == USUAL_GROUP) {
+      dot = Isa::template product<LOW, USUAL_GROUP * LOW / 32>(low, x, vectors);
+      if (HIGH) dot = Isa::plus_high(dot, Isa::template product<1, USUAL_GROUP / 32>(high, x, 4));
+    } else {
+      dot = Isa::template product<LOW, 0>(low, x, vectors);
       const int64_t more = PackedMatrix::vectors(1, length);
-      dot = Isa::plus_high(dot, Isa::template product<1>(high, x, more));
-      high += 64 * more;
+      if (HIGH) dot = Isa::plus_high(dot, Isa::template product<1, 0>(high, x, more));
     }
-    total = Isa::fold(total, dot, scale + 32 * g, zero ? zero + 32 * g : nullptr,
-                      float(matrix.zero), row.scale[g], row.sum[g]);
+    low += 64 * vectors;
+    high += 64 * PackedMatrix::vectors(1, length);
+    total = Isa::fold(total, dot, scale + 32 * g, zero ? zero + 32 * g : nullptr, constant,
+                      row.scale[g], row.sum[g]);
   }
   Isa::write(y, total, matrix.rows - panel * PANEL_ROWS);
 }
@@ -434,11 +450,12 @@ inline void packed_ffn(const PackedFfnCall& call) {
   }
 }
 
-// 16 codes of 4 neighbouring columns of a plane, as bytes (row, column).
-inline void plane_codes(const uint8_t* w, int64_t plane, int64_t column, uint8_t* code) {
+// Codes of 4 neighbouring columns of LANES rows, a byte each, from a plane of a group.
+inline uvec plane_codes(const uint8_t* w, int64_t plane, int64_t column, int64_t row) {
   const int64_t fields = 8 / plane, vector = column / (4 * fields), field = column / 4 % fields;
-  const int mask = (1 << plane) - 1;
-  for (int i = 0; i < 64; i++) code[i] = (w[64 * vector + i] >> (plane * field)) & mask;
+  uvec code;
+  memcpy(&code, w + 64 * vector + 4 * row, sizeof code);
+  return (code >> uint32_t(plane * field)) & (((1u << plane) - 1) * 0x01010101u);
 }
 
 // Values of a panel in row order: T is float or bf16.
@@ -453,25 +470,24 @@ void unpack_panel(const PackedMatrix& matrix, int64_t panel, T* values) {
   for (int64_t g = 0; g < groups; g++) {
     const int64_t length = matrix.length(g);
     float s[16], z[16];
-    for (int h = 0; h < 2; h++) {
-      _mm256_storeu_ps(s + 8 * h, Avx2::halves(scale + 32 * g + 16 * h));
-      _mm256_storeu_ps(z + 8 * h, matrix.has_zero ? Avx2::halves(zero + 32 * g + 16 * h)
-                                                  : _mm256_set1_ps(float(matrix.zero)));
+    for (int h = 0; h < 16; h += 8) {
+      _mm256_storeu_ps(s + h, Avx2::halves(scale + 32 * g + 2 * h));
+      _mm256_storeu_ps(z + h, matrix.has_zero ? Avx2::halves(zero + 32 * g + 2 * h)
+                                              : _mm256_set1_ps(float(matrix.zero)));
     }
     for (int64_t start = 0; start < length; start += 16) {
       float tile[16][16];  // (column, row)
       const int64_t width = std::min<int64_t>(16, length - start);
-      for (int64_t four = 0; four < width; four += 4) {
-        uint8_t code[64], more[64];
-        plane_codes(low, plane, start + four, code);
-        if (matrix.bits == 3) {
-          plane_codes(high, 1, start + four, more);
-          for (int i = 0; i < 64; i++) code[i] = uint8_t(code[i] | (more[i] << 2));
+      for (int64_t four = 0; four < width; four += 4)
+        for (int64_t r = 0; r < 16; r += LANES) {
+          uvec code = plane_codes(low, plane, start + four, r);
+          if (matrix.bits == 3) code |= plane_codes(high, 1, start + four, r) << 2;
+          for (int c = 0; c < 4; c++) {
+            const ivec one = (ivec)((code >> uint32_t(8 * c)) & 255u);
+            store(&tile[four + c][r],
+                  load(s + r) * (__builtin_convertvector(one, vec) - load(z + r)));
+          }
         }
-        for (int c = 0; c < 4; c++)
-          for (int r = 0; r < 16; r++)
-            tile[four + c][r] = s[r] * (float(code[4 * r + c]) - z[r]);
-      }
       T* to = values + g * matrix.group + start;
       if (width == 16 && rows == 16) {
         for (int r = 0; r < 16; r += LANES)
