@@ -115,11 +115,15 @@ def _train(
 
 
 def _with_world_size(arguments: Sequence[str], place: Place | None) -> list[str]:
-    """Let parallel.ranks follow a launcher's world, unless the user set it."""
+    """Let parallel.ranks and parallel.node follow a launcher's world, unless the user set them."""
     names = [text.lstrip("+").partition("=")[0] for text in arguments]
-    if place is None or "parallel.ranks" in names:
-        return list(arguments)
-    return [*arguments, f"parallel.ranks={place.world_size}"]
+    told = list(arguments)
+    if place is not None and "parallel.ranks" not in names:
+        told.append(f"parallel.ranks={place.world_size}")
+    even = place is not None and place.node is not None and place.world_size % place.node == 0
+    if place is not None and even and "parallel.node" not in names:
+        told.append(f"parallel.node={place.node}")
+    return told
 
 
 def _run_member(config: TrainConfig, place: Place) -> int:

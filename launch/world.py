@@ -29,6 +29,7 @@ class Place:
     local_world_size: int = 1
     init_method: str = "env://"  # how ranks find each other
     threads: int = 1  # compute threads of this rank
+    node: int | None = None  # ranks of every node, where the launcher says
 
 
 def detect_world(environ: Mapping[str, str]) -> Place | None:
@@ -64,6 +65,7 @@ def detect_world(environ: Mapping[str, str]) -> Place | None:
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
+        node=_number(environ, names[3]) if names[3] in environ else None,
     )
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.moe.packed import multiply
+from gatewise.parallel.parameters import Span
+from gatewise.parallel.sequence import WHOLE_SEQUENCES, SequenceSplit
 from gatewise.routers.ahead.trunk import PrefixCache
 
 __all__ = ["Attention", "KeyValueCache", "RMSNorm", "rotary_tables"]
@@ -59,7 +61,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """One attention layer.
+    """One attention layer; with a split, this rank's heads of it over sequences that it gathers.
 
     Args:
         hidden: D.
@@ -67,22 +69,54 @@ class Attention(nn.Module):
         kv_heads: J, a divisor of H.
         qk_norm: normalise queries and keys per head.
         eps: of that norm.
+        split: how positions lie on ranks; its parts divide H and J.
 
     `watch`, where set, is told the rotated queries (B, H, S, W) and all keys (B, J, P, W).
+
+    Source: tensor and sequence parallelism: arXiv:2205.05198, section 4.2.
     """
 
     def __init__(
-        self, hidden: int, heads: int, kv_heads: int, *, qk_norm: bool, eps: float
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        *,
+        qk_norm: bool,
+        eps: float,
+        split: SequenceSplit = WHOLE_SEQUENCES,
     ) -> None:
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads
+        self.split = split
         self.head_width = hidden // heads
-        rows = (heads + 2 * kv_heads) * self.head_width
+        self.heads, self.kv_heads = heads // split.parts, kv_heads // split.parts
+        rows = (self.heads + 2 * self.kv_heads) * self.head_width
         self.w_qkv = nn.Parameter(torch.empty(rows, hidden))
-        self.w_out = nn.Parameter(torch.empty(hidden, hidden))
+        self.w_out = nn.Parameter(torch.empty(hidden, self.heads * self.head_width))
         self.norm_q = RMSNorm(self.head_width, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(self.head_width, eps) if qk_norm else nn.Identity()
         self.watch: Callable[[Tensor, Tensor], None] | None = None
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight with all heads."""
+        rows, columns = getattr(self, name).shape
+        parts = self.split.parts
+        return (rows * parts, columns) if name == "w_qkv" else (rows, columns * parts)
+
+    def spans(self, name: str) -> tuple[Span, ...]:
+        """Return where a weight's elements lie in the flattened weight with all heads."""
+        part, parts = self.split.part, self.split.parts
+        rows, columns = getattr(self, name).shape
+        if parts == 1:
+            return ()
+        if name == "w_out":
+            return (Span(part * columns, rows, columns, parts * columns),)
+        found, start = [], 0
+        for heads in (self.heads, self.kv_heads, self.kv_heads):  # queries, keys, values
+            size = heads * self.head_width * columns
+            found.append(Span(start + part * size, 1, size))
+            start += parts * size
+        return tuple(found)
 
     def forward(
         self,
@@ -99,7 +133,8 @@ class Attention(nn.Module):
             layer: place in the cache.
             cache: earlier keys and values, extended in place; None while training.
         """
-        batch, positions, hidden = x_BSD.shape
+        x_BSD = self.split.whole(x_BSD)
+        batch, positions, _ = x_BSD.shape
         qkv = multiply(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_width)
         q, k, v_BSJW = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
         q_BHSW = _rotate(self.norm_q(q), rotary).transpose(1, 2)
@@ -124,7 +159,8 @@ class Attention(nn.Module):
             is_causal=causal and positions > 1,
             enable_gqa=self.kv_heads != self.heads,
         )
-        return multiply(y_BHSW.transpose(1, 2).reshape(batch, positions, hidden), self.w_out)
+        y_BSD = multiply(y_BHSW.transpose(1, 2).flatten(2), self.w_out)
+        return self.split.summed(y_BSD)
 
 
 def rotary_tables(

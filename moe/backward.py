@@ -68,7 +68,9 @@ class BackwardPass:
         functions: dict[str, StageFunction] = {
             "combine_grad": self._combine_grad,
             "collect_grad": partial(move, dispatcher.send),
+            "scatter_grad": partial(move, dispatcher.gather),
             "experts_data": self._experts_data,
+            "gather_grad": partial(move, dispatcher.scatter_sum),
             "dispatch_grad": partial(move, dispatcher.give_back),
             "experts_weights": self._experts_weights,
             "order_grad": self._order_grad,

@@ -3,12 +3,14 @@
 Read first: `compute.py` calls the phases in the order of a plan. `prepare` decides everything
 that depends on the routing, once for all chunks of a layer, or of all layers where the routing is
 known before layer 0 (`plan_ahead.py`); it holds the only host synchronisation.
-`order`, `arrange` and `restore` (and their gradients) are local arithmetic; `send` and `give_back`
-move bytes and return at once with a handle. The gradient of each phase is another phase.
+`order`, `arrange` and `restore` (and their gradients) are local arithmetic. `send` and `give_back`
+move rows between ranks with different experts; `gather` and `scatter_sum` between ranks that hold
+parts of the same ones, where there are such. All four return at once with a handle. The gradient
+of each phase is another phase.
 
 Shapes:  T tokens of a chunk   K experts per token   N pairs that are kept   E experts, all ranks
-         e experts of this rank   R rows received   P ranks of the group   C chunks   D width
-         S sources of rows, in the order in which rows arrive: here the ranks of the group
+         e experts of this rank   R rows received   P ranks among which rows travel
+         S ranks that split an expert   C chunks   D width
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,17 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from gatewise.moe.ops.permute import sort_pairs
-from gatewise.parallel.collectives import Group, RowExchange, exchange_ints
+from gatewise.parallel.collectives import (
+    NO_GROUP,
+    Group,
+    RowExchange,
+    Rows,
+    RowSum,
+    exchange_ints,
+    gather_uneven,
+)
+from gatewise.parallel.dims import ExpertGroups
+from gatewise.parallel.exchange import exchange_rows
 
 __all__ = [
     "AllToAllDispatcher",
@@ -46,7 +58,9 @@ class Ticket:
     restore_R: Tensor | None  # received row -> expert-major row
     end_e: Tensor  # int32, where each local expert's rows end
     counts: list[int] | None  # rows of each local expert, where the host knows them anyway
-    count_Se: Tensor | None = None  # the same by source, on the host, where rows travel
+    count_Se: Tensor | None = None  # the same by source rank, on the host, where rows travel
+    shard_rows: Sequence[int] = ()  # rows that each rank of the shard group received
+    between: list[list[int]] | None = None  # rows from each rank to each, if others pass them on
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +97,20 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def send(self, x_ND: Tensor, ticket: Ticket) -> RowExchange:
+    def send(self, x_ND: Tensor, ticket: Ticket) -> Rows:
         """Start moving rows to their experts' ranks."""
         ...
 
-    def give_back(self, y_RD: Tensor, ticket: Ticket) -> RowExchange:
+    def give_back(self, y_RD: Tensor, ticket: Ticket) -> Rows:
         """Start moving rows back to where `send` took them from."""
+        ...
+
+    def gather(self, x_RD: Tensor, ticket: Ticket) -> Rows:
+        """Start giving each rank that holds a part of the same experts the rows of all of them."""
+        ...
+
+    def scatter_sum(self, y_RD: Tensor, ticket: Ticket) -> Rows:
+        """Start adding up what these ranks made of the rows; each gets the sums of its own."""
         ...
 
 
@@ -102,7 +124,6 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_local = num_experts
         self.first_expert = 0
-        self._group = Group.of(None)
 
     def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
         """Sort the pairs of each piece; on a GPU the host waits only where pairs may be dropped."""
@@ -131,89 +152,131 @@ class LocalDispatcher:
             )
         return tickets
 
-    def send(self, x_ND: Tensor, ticket: Ticket) -> RowExchange:
+    def send(self, x_ND: Tensor, ticket: Ticket) -> Rows:
         """Hand the rows on."""
-        return RowExchange(x_ND, ticket.send, ticket.receive, self._group)
+        return RowExchange(x_ND, ticket.send, ticket.receive, NO_GROUP)
 
-    def give_back(self, y_RD: Tensor, ticket: Ticket) -> RowExchange:
+    def give_back(self, y_RD: Tensor, ticket: Ticket) -> Rows:
         """Hand the rows back."""
-        return RowExchange(y_RD, ticket.receive, ticket.send, self._group)
+        return RowExchange(y_RD, ticket.receive, ticket.send, NO_GROUP)
+
+    def gather(self, x_RD: Tensor, ticket: Ticket) -> Rows:
+        """Hand the rows on."""
+        return gather_uneven(x_RD, ticket.shard_rows, NO_GROUP)
+
+    def scatter_sum(self, y_RD: Tensor, ticket: Ticket) -> Rows:
+        """Hand the rows on."""
+        return RowSum(y_RD, ticket.shard_rows, NO_GROUP)
 
 
 class AllToAllDispatcher:
     """Experts spread evenly over the ranks of a group; exact sizes, no padding.
 
+    With a shard group each rank holds a part of the width of its experts: rows are gathered over
+    that group before the experts, and their outputs, which are parts of a sum, added up after.
+
     Args:
-        num_experts: E, a multiple of the group's size.
-        group: rank p holds experts [p * E / P, (p + 1) * E / P).
+        num_experts: E, a multiple of the number of ranks among which rows travel.
+        groups: rank p of `rows` holds experts [p * E / P, (p + 1) * E / P); a plain group spreads
+            whole experts over it.
     """
 
-    def __init__(self, num_experts: int, group: Group) -> None:
-        if num_experts % group.size:
+    def __init__(self, num_experts: int, groups: Group | ExpertGroups) -> None:
+        groups = groups if isinstance(groups, ExpertGroups) else ExpertGroups.of(groups)
+        rows = groups.rows
+        if num_experts % rows.size:
             raise ValueError(
-                f"num_experts is {num_experts}, which the group's {group.size} ranks do not "
+                f"num_experts is {num_experts}, which the group's {rows.size} ranks do not "
                 "divide; every rank holds equally many experts"
             )
-        self.num_local = num_experts // group.size
-        self.first_expert = group.rank * self.num_local
-        self.group = group
+        self.num_local = num_experts // rows.size
+        self.first_expert = rows.rank * self.num_local
+        self.groups = groups
+        self.group = rows
 
     def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
         """Sort the pairs of each piece and exchange all counts in one collective."""
-        size, local = self.group.size, self.num_local
+        size, shards, local = self.group.size, self.groups.shard.size, self.num_local
         sorts = [sort_pairs(piece.expert_TK, size * local) for piece in pieces]
-        send_PCe = torch.stack([count_E.view(size, local) for *_, count_E in sorts], 1)
+        sent_PCe = torch.stack([count_E.view(size, local) for *_, count_E in sorts], 1)
+        message_PCe = sent_PCe
+        if self.groups.dispatch != "direct":  # others pass our rows on, and must know their numbers
+            totals_PCP = sent_PCe.sum(2).T.expand(size, -1, -1)
+            message_PCe = torch.cat((sent_PCe, totals_PCP), 2)
+        # every rank that holds a part of an expert needs its counts
+        message_QCe = message_PCe.repeat_interleave(shards, 0)
         with record_function("moe.exchange_counts"):
-            receive_PCe = exchange_ints(send_PCe, self.group)
+            received_QCe = exchange_ints(message_QCe, self.groups.everyone)
         # The one host synchronisation: the collectives need sizes as host integers.
-        both = torch.stack((send_PCe, receive_PCe)).cpu()
-        sent_CP = both[0].sum(2).T.tolist()
-        received_CP = both[1].sum(2).T.tolist()
+        both = torch.stack((message_QCe, received_QCe)).cpu()
+        both = both.view(2, size, shards, len(pieces), -1)
+        sent_CP = both[0, :, 0, :, :local].sum(2).T.tolist()
+        count_PSCe = both[1, ..., :local]
+        rows_CSP = count_PSCe.sum(3).permute(2, 1, 0)
+        received_CP = rows_CSP[:, self.groups.shard.rank].tolist()
+        shard_rows_CS = rows_CSP.sum(2).tolist()
+        between_CPP = both[1, :, self.groups.shard.rank, :, local:].transpose(0, 1).tolist()
+        direct = self.groups.dispatch == "direct"
         tickets = []
         for index, (piece, (order_N, token_N, inverse_TK, _)) in enumerate(
             zip(pieces, sorts, strict=True)
         ):
-            send, receive = sent_CP[index], received_CP[index]
-            kept = sum(send)
-            arrange_R, restore_R = _expert_major(both[1, :, index])
-            count_e = both[1, :, index].sum(0)
+            count_PSe = count_PSCe[:, :, index]
+            arrange_R, restore_R = _expert_major(count_PSe)
+            count_e = count_PSe.sum((0, 1))
             device = piece.expert_TK.device
             tickets.append(
                 Ticket(
                     piece.tokens,
-                    order_N[:kept],
-                    token_N[:kept],
+                    order_N[: sum(sent_CP[index])],
+                    token_N[: sum(sent_CP[index])],
                     inverse_TK,
-                    send,
-                    receive,
+                    sent_CP[index],
+                    received_CP[index],
                     arrange_R.to(device, non_blocking=True),
                     restore_R.to(device, non_blocking=True),
                     count_e.cumsum(0).int().to(device, non_blocking=True),
                     count_e.tolist(),
-                    both[1, :, index],
+                    count_PSe.flatten(0, 1),
+                    shard_rows_CS[index],
+                    None if direct else between_CPP[index],
                 )
             )
         return tickets
 
-    def send(self, x_ND: Tensor, ticket: Ticket) -> RowExchange:
-        """Start the all-to-all towards the experts."""
-        return RowExchange(x_ND, ticket.send, ticket.receive, self.group)
+    def send(self, x_ND: Tensor, ticket: Ticket) -> Rows:
+        """Start the exchange towards the experts."""
+        return exchange_rows(x_ND, ticket.send, ticket.receive, ticket.between, self.groups)
 
-    def give_back(self, y_RD: Tensor, ticket: Ticket) -> RowExchange:
-        """Start the all-to-all back to the tokens."""
-        return RowExchange(y_RD, ticket.receive, ticket.send, self.group)
+    def give_back(self, y_RD: Tensor, ticket: Ticket) -> Rows:
+        """Start the exchange back to the tokens."""
+        between = ticket.between
+        if between is not None:
+            between = [list(column) for column in zip(*between, strict=True)]
+        return exchange_rows(y_RD, ticket.receive, ticket.send, between, self.groups)
+
+    def gather(self, x_RD: Tensor, ticket: Ticket) -> Rows:
+        """Start the all-gather of the rows that the ranks of the shard group received."""
+        return gather_uneven(x_RD, ticket.shard_rows, self.groups.shard)
+
+    def scatter_sum(self, y_RD: Tensor, ticket: Ticket) -> Rows:
+        """Start the sum over the shard group; each rank gets what it had received."""
+        return RowSum(y_RD, ticket.shard_rows, self.groups.shard)
 
 
-def _expert_major(count_Pe: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the permutation from (rank, expert) order to (expert, rank) order, and its inverse.
+def _expert_major(count_PSe: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the permutation from the order of arrival to expert-major order, and its inverse.
 
-    Rows arrive rank by rank, each rank's sorted by expert; a grouped product wants all rows of an
-    expert together. The order within an expert is by rank, then by token, which is the order that
-    one rank with all tokens would have: sums do not depend on the layout.
+    Rows lie by shard rank, within it by the rank that they came from, each rank's sorted by expert;
+    a grouped product wants all rows of an expert together. The order within an expert is by rank,
+    then by token, which is the order that one rank with all tokens would have: sums do not depend
+    on the layout.
     """
-    start_Pe = (count_Pe.flatten().cumsum(0) - count_Pe.flatten()).view_as(count_Pe)
-    count_N = count_Pe.T.flatten()
-    offset_N = start_Pe.T.flatten() - (count_N.cumsum(0) - count_N)
+    count_SPe = count_PSe.transpose(0, 1)
+    start_SPe = (count_SPe.flatten().cumsum(0) - count_SPe.flatten()).view(count_SPe.shape)
+    count_N = count_PSe.permute(2, 0, 1).flatten()
+    start_N = start_SPe.permute(2, 1, 0).flatten()
+    offset_N = start_N - (count_N.cumsum(0) - count_N)
     rows = torch.arange(int(count_N.sum()))
     arrange_R = rows + offset_N.repeat_interleave(count_N)
     restore_R = torch.empty_like(arrange_R).scatter_(0, arrange_R, rows)

@@ -62,7 +62,9 @@ class ForwardPass:
         functions: dict[str, StageFunction] = {
             "order": self._order,
             "dispatch": partial(move, dispatcher.send),
+            "gather": partial(move, dispatcher.gather),
             "experts": self._experts,
+            "scatter": partial(move, dispatcher.scatter_sum),
             "collect": partial(move, dispatcher.give_back),
             "combine": self._combine,
         }

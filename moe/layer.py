@@ -27,8 +27,10 @@ from gatewise.moe.job import Job, SliceSender
 from gatewise.moe.packed import PackedExperts
 from gatewise.moe.stages import Schedule
 from gatewise.moe.tickets import PassTickets
+from gatewise.moe.whole_routing import route_whole
 from gatewise.parallel.collectives import Group
 from gatewise.parallel.schedule.executor import Execution
+from gatewise.parallel.sequence import WHOLE_SEQUENCES
 from gatewise.routers.api import (
     Demand,
     ExpertColumns,
@@ -57,9 +59,9 @@ class MoELayer(nn.Module):
         capacity: dropping, in training only.
 
     `expert_gradient_scale` multiplies the gradients of the experts' weights; `columns` returns
-    their statistics over all ranks, for routers that read them; `packed`, where it is not None,
-    computes in the place of `experts`, without gradients; `prune`, where set, takes experts out of
-    the routing before anything is sent.
+    their statistics over all ranks, for routers that read them; `split` tells how the positions of
+    sequences lie on ranks; `packed`, where it is not None, computes in the place of `experts`,
+    without gradients; `prune`, where set, takes experts out of the routing before anything is sent.
     """
 
     columns: Callable[[GroupedExperts, float], ExpertColumns]
@@ -84,7 +86,10 @@ class MoELayer(nn.Module):
         self.execution = Execution()
         self.gradient_slices: SliceSender | None = None  # what travels with the backward pass
         self.expert_gradient_scale = 1.0
-        self.reads_columns = isinstance(router, ComposedRouter) and router.reads_columns
+        composed = router if isinstance(router, ComposedRouter) else None
+        self.reads_columns = composed is not None and composed.reads_columns
+        self.looks_at_sequences = composed is not None and composed.looks_at_sequences
+        self.split = WHOLE_SEQUENCES
         self.columns = gather_columns
         self.packed: PackedExperts | None = None
         self.prune = None
@@ -106,10 +111,10 @@ class MoELayer(nn.Module):
             x_TD = x_TD.masked_fill(padding_T.unsqueeze(1), 0.0)
         if self.reads_columns:
             columns = self.columns(self.experts, self.expert_gradient_scale)
-            routing, context = self.router(x_TD, replace(context, columns=columns), layer)
+            routing, context = self._route(x_TD, replace(context, columns=columns), layer)
             context = replace(context, columns=None)
         else:
-            routing, context = self.router(x_TD, context, layer)
+            routing, context = self._route(x_TD, context, layer)
         if routing.slots is not None:
             y_TD = self._compute_slots(x_TD, routing.slots, layer)
             return self._add_shared(x_TD, y_TD), routing, context
@@ -147,6 +152,13 @@ class MoELayer(nn.Module):
             tickets=tickets,
         )
         return self._add_shared(x_TD, y_TD), routing, context
+
+    def _route(
+        self, x_TD: Tensor, context: RoutingContext, layer: int
+    ) -> tuple[Routing, RoutingContext]:
+        if self.split.parts > 1 and self.looks_at_sequences:
+            return route_whole(self.router, x_TD, context, layer, self.split)
+        return self.router(x_TD, context, layer)
 
     def _compute(
         self,

@@ -9,7 +9,7 @@ Shapes:  B sequences   S positions   T = B * S tokens   D model width   V vocabu
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,13 @@ from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.layer import MoELayer
 from gatewise.moe.plan_ahead import BatchPlan, plan_tickets
 from gatewise.moe.tickets import PassTickets
-from gatewise.parallel.parameters import Label, ParameterSpec
+from gatewise.parallel.parameters import Label, Owner, ParameterSpec, Span, take_spans
+from gatewise.parallel.sequence import WHOLE_SEQUENCES
 from gatewise.routers.ahead.agreement import learn_to_agree
 from gatewise.routers.ahead.config import Exchange
 from gatewise.routers.ahead.plan import RoutePlan
 from gatewise.routers.ahead.pregate import build_pregate
-from gatewise.routers.api import Decision, Routing, RoutingContext
+from gatewise.routers.api import Decision, NoiseKey, Routing, RoutingContext
 from gatewise.routers.config import RouterConfig
 from gatewise.routers.recurrent import RecurrentCell
 from gatewise.routers.router import ComposedRouter, build_cell, build_router
@@ -166,6 +167,7 @@ class Decoder(nn.Module):
             None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.hidden))
         )
         self.recompute = False  # activation checkpointing of every block
+        self.split = WHOLE_SEQUENCES  # how the positions of sequences lie on ranks
 
     @property
     def output_weight(self) -> Tensor:
@@ -238,6 +240,8 @@ class Decoder(nn.Module):
     ) -> DecoderOutput:
         """Return final hidden states; `logits` turns them into logits.
 
+        Where positions are spread over ranks, these are the states of our part of them.
+
         Args:
             token_BS: int64 token ids.
             context: what the routers are told; `sequences` and `token_ids` are set here.
@@ -257,12 +261,13 @@ class Decoder(nn.Module):
                     token_BS, padding_T=context.padding_T, cache=cache.ahead if cache else None
                 )
             (plan,) = self.plan_routes([route])
+        own_BS = self.split.own(token_BS)
         context = RoutingContext(
             ahead=None if plan is None else self._decisions(plan, token_BS.numel()),
-            token_ids=token_BS.flatten(),
-            padding_T=context.padding_T,
+            token_ids=own_BS.flatten(),
+            padding_T=self._own_padding(context, token_BS),
             sequences=batch,
-            noise=context.noise,
+            noise=self._own_noise(context),
             measures=context.measures and cache is None,  # generation asks for no measures
         )
         rotary = rotary_tables(
@@ -272,7 +277,7 @@ class Decoder(nn.Module):
             start=cache.length if cache else 0,
             device=token_BS.device,
         )
-        x_BSD = F.embedding(token_BS, self.embedding)
+        x_BSD = F.embedding(own_BS, self.embedding)
         routings: list[Routing] = []
         for place, block in enumerate(self.blocks):
             tickets = None
@@ -293,6 +298,16 @@ class Decoder(nn.Module):
                 routings, plan.route, self.router_config.ahead, padding_T=context.padding_T
             )
         return DecoderOutput(self.norm_final(x_BSD), tuple(routings))
+
+    def _own_padding(self, context: RoutingContext, token_BS: Tensor) -> Tensor | None:
+        if context.padding_T is None or self.split.parts == 1:
+            return context.padding_T
+        return self.split.own(context.padding_T.view_as(token_BS)).flatten()
+
+    def _own_noise(self, context: RoutingContext) -> NoiseKey | None:
+        if context.noise is None:
+            return None
+        return replace(context.noise, part=self.split.part, parts=self.split.parts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits (..., V) of hidden states (..., D)."""
@@ -319,7 +334,17 @@ def initialise(model: Decoder, seed: int) -> None:
             elif isinstance(module, GroupedExperts):
                 for local in range(module.num_local):
                     expert = module.first_expert + local
-                    _draw(parameter.data[local], Start(), std, seed, f"{full_name}.{expert}")
+                    mine = parameter.data[local]
+                    whole = mine
+                    if module.shards > 1:
+                        whole = mine.new_empty(module.whole_shape(name))
+                    _draw(whole, Start(), std, seed, f"{full_name}.{expert}")
+                    if whole is not mine:
+                        mine.copy_(module.part_of(name, whole))
+            elif isinstance(module, Attention) and module.spans(name):
+                whole = parameter.new_empty(module.whole_shape(name))
+                _draw(whole, Start(), std, seed, full_name)
+                parameter.data.copy_(take_spans(whole, module.spans(name)).view_as(parameter))
             else:
                 _draw(parameter.data, Start(), std, seed, full_name)
         if isinstance(module, RouterWeights):
@@ -372,20 +397,23 @@ def parameter_specs(model: Decoder) -> list[ParameterSpec]:
                 label = "router"
             elif name == "embedding":
                 label = "embedding"
-            shape, start = tuple(parameter.shape), 0
-            sharded = isinstance(module, GroupedExperts) and module.num_local != num_experts
+            shape: tuple[int, ...] = tuple(parameter.shape)
+            owner: Owner = "all"
+            spans: tuple[Span, ...] = ()
             if isinstance(module, GroupedExperts):
-                shape = (num_experts, *shape[1:])
-                start = module.first_expert * math.prod(shape[1:])
+                shape = (num_experts, *module.whole_shape(name))
+                owner, spans = "expert", (module.span(name),)
+            elif isinstance(module, Attention):
+                shape, owner, spans = module.whole_shape(name), "tensor", module.spans(name)
             specs.append(
                 ParameterSpec(
                     f"{module_name}.{name}" if module_name else name,
                     parameter,
                     label,
-                    sharded,
+                    owner,
                     decay=parameter.dim() > 1 and label != "embedding",
                     shape=shape,
-                    start=start,
+                    spans=spans,
                 )
             )
     return specs

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 from gatewise.moe.dispatch import Ticket
 from gatewise.moe.job import Job
 from gatewise.moe.tickets import Chunk
-from gatewise.parallel.collectives import RowExchange
+from gatewise.parallel.collectives import Rows
 from gatewise.parallel.schedule.executor import Handle, PlanRunner
 from gatewise.parallel.schedule.plan import Task
 from gatewise.parallel.streams import used_here
@@ -30,9 +30,9 @@ class Transit:
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = chunks
-        self._rows: dict[int, Tensor | RowExchange] = {}
+        self._rows: dict[int, Tensor | Rows] = {}
 
-    def put(self, index: int, rows: Tensor | RowExchange) -> None:
+    def put(self, index: int, rows: Tensor | Rows) -> None:
         """Leave the rows of a chunk to its next stage."""
         self._rows[index] = rows
 
@@ -41,9 +41,7 @@ class Transit:
         rows = self._rows.pop(index)
         return used_here(rows if isinstance(rows, Tensor) else rows.wait())
 
-    def move(
-        self, start: Callable[[Tensor, Ticket], RowExchange], index: int
-    ) -> RowExchange | None:
+    def move(self, start: Callable[[Tensor, Ticket], Rows], index: int) -> Rows | None:
         """Send the rows of a chunk on their way, if there are any."""
         if index not in self._rows:
             return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gatewise.parallel.dims import Groups, ReduceGroups
-from gatewise.parallel.parameters import Label, ParameterSpec
+from gatewise.parallel.parameters import Label, Owner, ParameterSpec
 
 __all__ = ["Bucket", "Slot", "make_buckets"]
 
@@ -72,10 +72,10 @@ def make_buckets(
         groups: who reduces what.
         bucket_bytes: a bucket is closed when its gradients reach this size.
     """
-    open_kinds: dict[tuple[Label, bool, torch.dtype, bool], list[ParameterSpec]] = {}
+    open_kinds: dict[tuple[Label, bool, torch.dtype, Owner], list[ParameterSpec]] = {}
     closed: list[list[ParameterSpec]] = []
     for spec in reversed(specs):
-        kind = (spec.label, spec.decay, spec.parameter.dtype, spec.sharded)
+        kind = (spec.label, spec.decay, spec.parameter.dtype, spec.owner)
         members = open_kinds.setdefault(kind, [])
         members.append(spec)
         if 4 * sum(member.parameter.numel() for member in members) >= bucket_bytes:
@@ -89,7 +89,7 @@ def make_buckets(
 
 def _build(members: list[ParameterSpec], groups: Groups) -> Bucket:
     first = members[0]
-    reduce_groups = groups.expert_data if first.label == "expert" else groups.dense
+    reduce_groups = groups.reduced_by(first.owner)
     total = sum(member.parameter.numel() for member in members)
     size = reduce_groups.shard.size
     padded = (total + size - 1) // size * size

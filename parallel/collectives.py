@@ -8,6 +8,7 @@ Shapes:  R rows received   N rows sent   D width
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,13 @@ __all__ = [
     "NO_GROUP",
     "Group",
     "RowExchange",
+    "RowSum",
+    "Rows",
     "ShardSum",
     "Traffic",
     "exchange_ints",
     "gather_ints",
+    "gather_uneven",
     "reduce_scatter_sum",
 ]
 
@@ -56,6 +60,14 @@ class Group:
 
 
 NO_GROUP = Group(None, 0, 1, Traffic())
+
+
+class Rows(Protocol):
+    """Rows on their way."""
+
+    def wait(self) -> Tensor:
+        """Return them; a second call returns the same."""
+        ...
 
 
 class RowExchange:
@@ -96,6 +108,63 @@ class RowExchange:
                 self._work.wait()
             self._work = None
         return self._result_RD
+
+
+def gather_uneven(x_RD: Tensor, sizes: Sequence[int], group: Group) -> RowExchange:
+    """Start an all-gather of rows of which each rank has another number.
+
+    Args:
+        x_RD: our rows.
+        sizes: rows of each rank.
+        group: with one rank the result is `x_RD` itself.
+
+    Returns:
+        A handle; the rows are ordered by rank.
+    """
+    if group.handle is None:
+        return RowExchange(x_RD, sizes, sizes, group)
+    # gloo gathers equal sizes only, and padding would travel; so each rank gets a copy of ours
+    copies = x_RD.unsqueeze(0).expand(group.size, *x_RD.shape).flatten(0, 1)
+    return RowExchange(copies, [x_RD.shape[0]] * group.size, sizes, group)
+
+
+class RowSum:
+    """A reduce-scatter of rows under way, the adjoint of `gather_uneven`.
+
+    Ranks add their parts in rank order, in fp32 or wider, whatever arrives first: the result does
+    not depend on timing.
+
+    Args:
+        x_RD: this rank's part of every rank's rows, ordered by rank.
+        sizes: rows of each rank.
+        group: with one rank the result is `x_RD` itself.
+
+    Source: gloo's own reduce-scatter moves twice the bytes and takes equal sizes only.
+    """
+
+    def __init__(self, x_RD: Tensor, sizes: Sequence[int], group: Group) -> None:
+        self._result_RD = x_RD
+        self._exchange: RowExchange | None = None
+        if group.handle is not None:
+            ours = sizes[group.rank]
+            self._shape = (group.size, ours, *x_RD.shape[1:])
+            self._exchange = RowExchange(x_RD, sizes, [ours] * group.size, group)
+
+    def wait(self) -> Tensor:
+        """Return this rank's rows, summed over the ranks."""
+        if self._exchange is not None:
+            self._result_RD = _sum_in_order(self._exchange.wait().view(self._shape))
+            self._exchange = None
+        return self._result_RD
+
+
+def _sum_in_order(parts_PRD: Tensor) -> Tensor:
+    """Sum over the first dim from first to last, whatever the size: bits stay the same."""
+    first_RD, *others = parts_PRD.unbind()
+    total_RD = first_RD.to(torch.promote_types(first_RD.dtype, torch.float32), copy=True)
+    for part_RD in others:
+        total_RD += part_RD
+    return total_RD.to(first_RD.dtype)
 
 
 def gather_ints(values: Tensor, group: Group) -> Tensor:

@@ -103,6 +103,8 @@ class NoiseKey:
     seed: int
     step: int
     sequences: tuple[int, ...]  # global sample index of each of this rank's B sequences
+    part: int = 0  # which part of the positions of each sequence is here
+    parts: int = 1  # in how many equal parts they lie on ranks
 
     def uniform(
         self, shape: tuple[int, ...], *, layer: int, device: torch.device, stream: int = 0
@@ -116,12 +118,14 @@ class NoiseKey:
             stream: tells apart the draws of one layer.
         """
         positions = shape[0] // len(self.sequences)
+        mine = slice(self.part * positions, (self.part + 1) * positions)
         more = (stream,) if stream else ()
         rows = []
         for sequence in self.sequences:
             mixed = _mix(self.seed, self.step, sequence, layer, *more)
             generator = torch.Generator().manual_seed(mixed)
-            rows.append(torch.rand((positions, *shape[1:]), generator=generator))
+            whole = torch.rand((positions * self.parts, *shape[1:]), generator=generator)
+            rows.append(whole[mine])
         return torch.cat(rows).to(device)
 
 

@@ -110,6 +110,17 @@ class StatefulRouter(RouterWeights):
         return state
 
     @property
+    def looks_at_sequences(self) -> bool:
+        """Whether a decision or a loss for a token depends on others of its sequence."""
+        config = self.config
+        by_sequence = config.batch_entropy_loss or config.importance_loss or config.load_loss
+        if config.balance_scope is BalanceScope.micro_batch:
+            by_sequence = 0.0
+        elif config.balance_scope is BalanceScope.sequence:
+            by_sequence = by_sequence or config.balance_loss
+        return bool(config.competing or by_sequence)
+
+    @property
     def reads_columns(self) -> bool:
         """Whether the context must hold the statistics of the experts' weights."""
         return self.config.scorer is Scorer.sparsity

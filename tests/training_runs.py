@@ -62,12 +62,16 @@ def tiny(
     ranks: int = 1,
     expert: int = 1,
     shard: int = 1,
+    parallel: Mapping[str, Any] | None = None,
     micro: int | None = None,
     model: Mapping[str, Any] | None = None,
     router: RouterConfig | None = None,
     **settings: Any,
 ) -> TrainConfig:
-    """Return settings of a run of two MoE layers with four experts on 8 sequences of 32 bytes."""
+    """Return settings of a run of two MoE layers with four experts on 8 sequences of 32 bytes.
+
+    `parallel` holds further degrees.
+    """
     return TrainConfig(
         **{
             "steps": steps,
@@ -88,7 +92,14 @@ def tiny(
             ),
             "router": router or RouterConfig(),
             "parallel": ParallelConfig(
-                ranks=ranks, expert=expert, shard=shard, threads=1, timeout=120
+                **{
+                    "ranks": ranks,
+                    "expert": expert,
+                    "shard": shard,
+                    "threads": 1,
+                    "timeout": 120,
+                    **(parallel or {}),
+                }
             ),
             "batch": BatchConfig(sequences=8, micro=micro),
             "optim": OptimConfig(warmup=2),

@@ -1,11 +1,12 @@
 """What a checkpoint holds: named ranges of flattened tensors, and the bytes of one data file.
 
 Whatever the layout (experts spread over ranks along dim 0, optimizer state cut into flat shards,
-replicated weights), a rank owns one contiguous range of each flattened global tensor. So a
-checkpoint is a mapping from names to ranges, and moving between layouts is overlap of intervals.
+replicated weights), a rank owns a contiguous range of each flattened global tensor; of a matrix cut
+along its columns it owns equal runs of consecutive rows. So a checkpoint is a mapping from names to
+ranges, and moving between layouts is overlap of intervals or, with runs, of rectangles.
 
-A data file is a valid safetensors file whose tensors are those one-dimensional ranges: an 8-byte
-little-endian length, a JSON header, the bytes.
+A data file is a valid safetensors file whose tensors are the elements of those ranges in a row:
+an 8-byte little-endian length, a JSON header, the bytes.
 
 Read next: `checkpoint_plan.py` (who writes what), `checkpoint_storage.py` (the bytes),
 `checkpoint_folder.py` (what is on the disk), `checkpointer.py` (when and where).
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gatewise.parallel.parameters import Span
 
 __all__ = [
     "FlatRange",
@@ -48,7 +51,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CODES}
 
 @dataclass(frozen=True, slots=True)
 class FlatRange:
-    """This rank's contiguous range of one flattened global tensor.
+    """This rank's part of one flattened global tensor: a contiguous range, or several spans.
 
     Ranks that hold the same range are replicas, and one of them writes it. Two different ranges
     of one tensor must not overlap. A rank without a part of the tensor holds an empty range or
@@ -58,6 +61,8 @@ class FlatRange:
         data: one-dimensional contiguous view, shape (n,); loading writes into it.
         start: index of its first element in the flattened tensor, in [0, numel - n].
         shape: shape of the global tensor.
+        spans: where the elements of `data` lie, in order, if they are not one contiguous range.
+            The strides of all spans of a tensor are equal, on all ranks.
 
     Raises:
         ValueError: if the range is not flat or reaches past the tensor.
@@ -66,6 +71,7 @@ class FlatRange:
     data: Tensor
     start: int
     shape: tuple[int, ...]
+    spans: tuple[Span, ...] = ()
 
     def __post_init__(self) -> None:
         if self.data.dim() != 1 or not self.data.is_contiguous():
@@ -73,16 +79,39 @@ class FlatRange:
                 f"data has shape {tuple(self.data.shape)} and strides {self.data.stride()}; "
                 "a range is a contiguous one-dimensional view"
             )
-        if not 0 <= self.start <= self.numel - self.data.numel():
+        ends = max(s.start + (s.rows - 1) * s.stride + s.run for s in self.places)
+        if min(s.start for s in self.places) < 0 or ends > self.numel:
             raise ValueError(
                 f"a range of {self.data.numel()} elements at {self.start} is not inside a tensor "
                 f"of shape {self.shape}, which has {self.numel}"
             )
+        if self.spans:
+            assert self.start == self.spans[0].start
+            assert sum(span.numel for span in self.spans) == self.data.numel()
 
     @property
     def numel(self) -> int:
         """Elements of the global tensor."""
         return math.prod(self.shape)
+
+    @property
+    def places(self) -> tuple[Span, ...]:
+        """Where the elements of `data` lie, in order."""
+        return self.spans or (Span(self.start, 1, self.data.numel()),)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row, where the tensor is cut along its columns; else 0."""
+        return max(span.stride for span in self.places)
+
+    @classmethod
+    def spread(cls, data: Tensor, spans: Sequence[Span], shape: tuple[int, ...]) -> "FlatRange":
+        """Describe elements that lie in `spans`."""
+        if not spans:  # nothing of it is here
+            return cls(data=data, start=0, shape=shape)
+        if len(spans) == 1 and not spans[0].stride:
+            return cls(data=data, start=spans[0].start, shape=shape)
+        return cls(data=data, start=spans[0].start, shape=shape, spans=tuple(spans))
 
     @classmethod
     def whole(cls, tensor: Tensor) -> "FlatRange":

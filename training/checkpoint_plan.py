@@ -36,9 +36,18 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from gatewise.parallel.errors import CheckpointError
+from gatewise.parallel.parameters import Span, cut_spans
 from gatewise.training.checkpoint_format import FlatRange, check_cover, dtype_name
 
-__all__ = ["RANGES", "RangeLoadPlanner", "RangeSavePlanner", "place_items", "type_and_numel"]
+__all__ = [
+    "RANGES",
+    "RangeLoadPlanner",
+    "RangeSavePlanner",
+    "chunk_of",
+    "in_rows",
+    "place_items",
+    "type_and_numel",
+]
 
 # DCP treats every entry of a state dict by itself, at some 0.1 ms each; so the whole mapping is
 # one entry, which only these planners look into.
@@ -67,7 +76,7 @@ class RangeSavePlanner(DefaultSavePlanner):
         """Tensors of which this rank writes a range, or None before there is a plan."""
         if self._final is None:
             return None
-        return [item.index.fqn for item in self._final.items]
+        return list(dict.fromkeys(item.index.fqn for item in self._final.items))
 
     def set_up_planner(
         self,
@@ -84,9 +93,10 @@ class RangeSavePlanner(DefaultSavePlanner):
         if self._final is not None:
             return SavePlan([], usable=False)
         items = [
-            _write_item(name, part)
+            _write_item(name, part, span)
             for name, part in self._ranges.items()
             if part.data.numel() or not part.numel  # an empty tensor is still a name
+            for span in part.places
         ]
         return SavePlan(items, planner_data={n: part.shape for n, part in self._ranges.items()})
 
@@ -107,7 +117,13 @@ class RangeSavePlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the bytes' owner for a planned item."""
-        return self._ranges[write_item.index.fqn].data
+        part, index = self._ranges[write_item.index.fqn], write_item.index
+        offset = 0
+        for span in part.places:
+            if chunk_of(span, part.width).offsets == index.offset:
+                return part.data.narrow(0, offset, span.numel)
+            offset += span.numel
+        raise AssertionError(f"{index.fqn} has no part at {index.offset}")
 
 
 class RangeLoadPlanner(LoadPlanner):
@@ -116,6 +132,7 @@ class RangeLoadPlanner(LoadPlanner):
     def __init__(self) -> None:
         self._ranges: Mapping[str, FlatRange] = {}
         self._metadata = Metadata({})
+        self._targets: dict[MetadataIndex, Tensor] = {}  # by chunk: its elements, in rows
 
     def set_up_planner(
         self,
@@ -133,8 +150,18 @@ class RangeLoadPlanner(LoadPlanner):
         for name, part in self._ranges.items():
             saved = self._metadata.state_dict_metadata[name]
             assert isinstance(saved, TensorStorageMetadata)
-            if part.data.numel():
-                items += create_read_items_for_chunk_list(name, saved, [_chunk(part)])
+            if not part.data.numel():
+                continue
+            width = saved.size[1] if len(saved.size) > 1 else 0
+            chunks, offset = [], 0
+            for span in part.places:
+                for box in in_rows(span, width):
+                    chunk = chunk_of(box, width)
+                    chunks.append(chunk)
+                    target = part.data.detach().narrow(0, offset, box.numel)
+                    self._targets[MetadataIndex(name, chunk.offsets)] = target.view(chunk.sizes)
+                    offset += box.numel
+            items += create_read_items_for_chunk_list(name, saved, chunks)
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -151,8 +178,12 @@ class RangeLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """Return the part of a wanted range that an item fills."""
-        data = self._ranges[read_item.dest_index.fqn].data.detach()
-        return data.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+        target = self._targets[read_item.dest_index]
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(dim, start, length)
+        return target
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Do nothing: the tensor is a view of the range."""
@@ -175,20 +206,38 @@ def type_and_numel(item: WriteItem) -> tuple[torch.dtype, int]:
     """Return type and number of elements of a planned range."""
     data = item.tensor_data
     assert data is not None
-    return data.properties.dtype, data.chunk.sizes[0]
+    return data.properties.dtype, math.prod(data.chunk.sizes)
 
 
-def _chunk(part: FlatRange) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size([part.start]), torch.Size([part.data.numel()]))
+def in_rows(span: Span, width: int) -> list[Span]:
+    """Cut a span where it passes from one row of `width` elements to the next; 0 is no width.
+
+    At most three spans come of a contiguous one.
+    """
+    if not width or span.stride:
+        return [span]
+    first = span.start % width
+    whole = Span(span.start - first, -(-(first + span.run) // width), width, width)
+    return cut_spans([whole], first, first + span.run)
 
 
-def _write_item(name: str, part: FlatRange) -> WriteItem:
+def chunk_of(span: Span, width: int) -> ChunkStorageMetadata:
+    """Return what DCP calls a span: an interval, or with a width a rectangle of rows."""
+    if not width:
+        return ChunkStorageMetadata(torch.Size([span.start]), torch.Size([span.run]))
+    place = torch.Size([span.start // width, span.start % width])
+    return ChunkStorageMetadata(place, torch.Size([span.rows, span.run]))
+
+
+def _write_item(name: str, part: FlatRange, span: Span) -> WriteItem:
     properties = TensorProperties(dtype=part.data.dtype)
     dtype_name(part.data.dtype)  # refuses what a file cannot hold
+    chunk, width = chunk_of(span, part.width), part.width
+    whole = [part.numel // width, width] if width else [part.numel]
     return WriteItem(
-        index=MetadataIndex(name, [part.start]),
+        index=MetadataIndex(name, chunk.offsets),
         type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(_chunk(part), properties, torch.Size([part.numel])),
+        tensor_data=TensorWriteData(chunk, properties, torch.Size(whole)),
     )
 
 
@@ -196,7 +245,7 @@ def _describe(plans: Iterable[SavePlan]) -> dict[str, dict[str, Any]]:
     """Return shape and type of every tensor, after checking that all ranks agree on them."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
-    ranges: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    held: dict[str, list[tuple[Span, int]]] = defaultdict(list)  # with the rank
     for rank, plan in enumerate(plans):
         for name, shape in plan.planner_data.items():
             if shapes.setdefault(name, shape) != shape:
@@ -205,16 +254,14 @@ def _describe(plans: Iterable[SavePlan]) -> dict[str, dict[str, Any]]:
                 )
         for item in plan.items:
             name, (dtype, numel) = item.index.fqn, type_and_numel(item)
-            assert item.index.offset is not None
-            start = item.index.offset[0]
             if numel:
-                ranges[name].append((start, start + numel, rank))
+                held[name].append((_span(item), rank))
             if dtypes.setdefault(name, dtype) != dtype:
                 raise CheckpointError(
                     f"'{name}' is {dtype} on rank {rank} and {dtypes[name]} on another"
                 )
     for name, shape in shapes.items():
-        problem = check_cover(name, math.prod(shape), ranges[name])
+        problem = _uncovered(name, math.prod(shape), held[name])
         if problem is not None:
             raise CheckpointError(problem)
     return {
@@ -223,11 +270,32 @@ def _describe(plans: Iterable[SavePlan]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _uncovered(name: str, numel: int, held: list[tuple[Span, int]]) -> str | None:
+    """Return what is wrong with the spans of one tensor, or None if they cover it."""
+    spans = {span for span, _ in held}
+    if not any(span.stride for span in spans):
+        return check_cover(name, numel, [(s.start, s.start + s.run, rank) for s, rank in held])
+    missing = numel - sum(span.numel for span in spans)
+    if missing > 0:  # DCP itself sees to it that rectangles do not overlap
+        return f"'{name}': no rank holds {missing} of its elements"
+    return None
+
+
+def _span(item: WriteItem) -> Span:
+    """Return the span that a planned range is."""
+    data = item.tensor_data
+    assert data is not None
+    place, sizes = data.chunk.offsets, data.chunk.sizes
+    if len(place) == 1:
+        return Span(place[0], 1, sizes[0])
+    return Span(place[0] * data.size[1] + place[1], sizes[0], sizes[1], data.size[1])
+
+
 def _build_index(plans: Iterable[SavePlan]) -> str:
     index: dict[str, list[list[int]]] = defaultdict(list)
     for rank, plan in enumerate(plans):
         for item, offset in place_items(plan.items):
-            assert item.index.offset is not None
-            numel = type_and_numel(item)[1]
-            index[item.index.fqn].append([item.index.offset[0], numel, rank, offset])
+            span = _span(item)
+            runs = [span.run, span.stride] if span.stride else []
+            index[item.index.fqn].append([span.start, span.numel, rank, offset, *runs])
     return json.dumps(index, separators=(",", ":"))

@@ -6,6 +6,9 @@ behind a safetensors header, and the index is JSON:
 
     index.json   {name: [[start, numel, file number, offset in the file's data], ...]}
 
+An entry of a matrix that is cut along its columns has two numbers more: the elements of a run, and
+from the start of a run to the next one's.
+
 Importing this module imports DCP, which takes a second or more; so it is imported where it is
 used.
 
@@ -15,7 +18,7 @@ Read first: `checkpoint_plan.py`.
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
@@ -35,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
+    WriteItem,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -42,6 +45,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from gatewise.parallel.errors import CheckpointError
+from gatewise.parallel.parameters import Span
 from gatewise.training.checkpoint_folder import (
     DurableFile,
     FileRecord,
@@ -60,6 +64,8 @@ from gatewise.training.checkpoint_plan import (
     RANGES,
     RangeLoadPlanner,
     RangeSavePlanner,
+    chunk_of,
+    in_rows,
     place_items,
     type_and_numel,
 )
@@ -67,6 +73,7 @@ from gatewise.training.checkpoint_plan import (
 __all__ = ["RangeReader", "RangeWriter", "load_ranges", "save_ranges"]
 
 INDEX = "index.json"
+_BLOCK_BYTES = 16 * 2**20  # read at a time where rows are picked out of wider ones
 
 
 class RangeWriter(StorageWriter):
@@ -109,10 +116,7 @@ class RangeWriter(StorageWriter):
         """Write this rank's file; the index knows its layout, so no results are returned."""
         placed = [item for item, _ in place_items(plan.items)]
         if placed:
-            entries = ((item.index.fqn, *type_and_numel(item)) for item in placed)
-            header = encode_header(
-                ((name, dtype, (numel,)) for name, dtype, numel in entries), content="flat ranges"
-            )
+            header = encode_header(_entries(placed), content="flat ranges")
             name = _file_name(self._rank)
             with DurableFile(self._folder / name) as file:
                 file.write(header)
@@ -137,11 +141,15 @@ class RangeReader(StorageReader):
 
     Args:
         path: of a finished checkpoint.
+        widths: elements of a row, of the tensors whose columns are wanted; the reader describes
+            the saved ranges of these as rectangles.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, widths: Mapping[str, int] | None = None) -> None:
         self._path = path
-        self._places: dict[MetadataIndex, tuple[int, int]] = {}
+        self._widths = widths or {}
+        # file, offset in bytes and elements from row to row
+        self._places: dict[MetadataIndex, tuple[int, int, int]] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Do nothing: one reader serves one load."""
@@ -159,16 +167,24 @@ class RangeReader(StorageReader):
         """
         tensors, index = read_meta(self._path)["tensors"], read_json(self._path, INDEX)
         saved: dict[str, Any] = {}
-        places: dict[MetadataIndex, tuple[int, int]] = {}
+        places: dict[MetadataIndex, tuple[int, int, int]] = {}
         for name, spec in tensors.items():
+            entries, dtype = index[name], parse_dtype(spec["dtype"])
+            width = max([self._widths.get(name, 0), *(entry[5] for entry in entries if entry[4:])])
             chunks = []
-            for start, numel, file, offset in index[name]:
-                chunks.append(ChunkStorageMetadata(torch.Size([start]), torch.Size([numel])))
-                places[MetadataIndex(name, [start])] = (file, offset)
+            for start, numel, file, first, *runs in entries:
+                run, stride = runs or (numel, 0)
+                offset = first
+                span = Span(start, numel // run if runs else 1, run, stride)
+                for box in in_rows(span, width):
+                    chunk = chunk_of(box, width)
+                    chunks.append(chunk)
+                    places[MetadataIndex(name, chunk.offsets)] = (file, offset, box.run)
+                    offset += box.numel * dtype.itemsize
+            numel = sum(entry[1] for entry in entries)
+            size = [numel // width, width] if width else [numel]
             saved[name] = TensorStorageMetadata(
-                TensorProperties(dtype=parse_dtype(spec["dtype"])),
-                torch.Size([sum(chunk.sizes[0] for chunk in chunks)]),
-                chunks,
+                TensorProperties(dtype=dtype), torch.Size(size), chunks
             )
         return Metadata(saved, storage_data=places)
 
@@ -192,10 +208,10 @@ class RangeReader(StorageReader):
         Raises:
             CheckpointError: if a file ends too early.
         """
-        per_file: dict[int, list[tuple[int, ReadItem]]] = defaultdict(list)
+        per_file: dict[int, list[tuple[int, int, ReadItem]]] = defaultdict(list)
         for item in plan.items:
-            file, offset = self._places[item.storage_index]
-            per_file[file].append((offset, item))
+            file, offset, pitch = self._places[item.storage_index]
+            per_file[file].append((offset, pitch, item))
         for file, wanted in per_file.items():
             self._read_file(self._path / _file_name(file), wanted, planner)
         done: Future[None] = Future()
@@ -203,17 +219,17 @@ class RangeReader(StorageReader):
         return done
 
     def _read_file(
-        self, path: Path, wanted: list[tuple[int, ReadItem]], planner: LoadPlanner
+        self, path: Path, wanted: list[tuple[int, int, ReadItem]], planner: LoadPlanner
     ) -> None:
         with path.open("rb", buffering=0) as stream:
             base = read_header_size(stream.read(8))
-            for offset, item in sorted(wanted, key=lambda pair: pair[0]):
+            for offset, pitch, item in sorted(wanted, key=lambda place: place[0]):
                 target = planner.resolve_tensor(item)
-                buffer = target if target.device.type == "cpu" else target.cpu()
-                skipped = item.storage_offsets[0] * target.itemsize
-                _read_fully(stream.fileno(), _bytes_of(buffer), base + offset + skipped, path)
-                if buffer is not target:
-                    target.copy_(buffer)
+                skipped = item.storage_offsets[-1]
+                if len(item.storage_offsets) > 1:
+                    skipped += item.storage_offsets[0] * pitch
+                position = base + offset + skipped * target.itemsize
+                _read_rows(stream.fileno(), target, position, pitch, path)
                 planner.commit_tensor(item, target)
 
 
@@ -244,10 +260,11 @@ def load_ranges(ranges: Mapping[str, FlatRange], path: Path, *, task: str) -> No
     Raises:
         CheckpointError: if the checkpoint cannot be read; starts with `task`.
     """
+    widths = {name: part.width for name, part in ranges.items() if part.width}
     _call_dcp(
         lambda: load(
             {RANGES: ranges},
-            storage_reader=RangeReader(path),
+            storage_reader=RangeReader(path, widths),
             planner=RangeLoadPlanner(),
             no_dist=True,
         ),
@@ -272,9 +289,41 @@ def _file_name(number: int) -> str:
     return f"shard_{number:05d}.safetensors"
 
 
+def _entries(
+    placed: Iterable[WriteItem],
+) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name what a file holds; a second part of a tensor has its place behind the name."""
+    seen: set[str] = set()
+    for item in placed:
+        name, place = item.index.fqn, item.index.offset
+        dtype, numel = type_and_numel(item)
+        if name in seen and place is not None:
+            name += "@" + ".".join(map(str, place))
+        seen.add(name)
+        yield name, dtype, (numel,)
+
+
+def _read_rows(descriptor: int, target: Tensor, position: int, pitch: int, path: Path) -> None:
+    """Read a tensor whose rows lie `pitch` elements apart in the file."""
+    rows = target if target.dim() > 1 else target.unsqueeze(0)
+    count, width = rows.shape
+    whole = rows.is_contiguous() and (count == 1 or width == pitch)
+    if whole and target.device.type == "cpu":
+        _read_fully(descriptor, _bytes_of(target), position, path)
+        return
+    block = max(1, _BLOCK_BYTES // (pitch * target.itemsize))
+    for first in range(0, count, block):
+        some = rows[first : first + block]
+        buffer = torch.empty((len(some) - 1) * pitch + width, dtype=target.dtype)
+        _read_fully(descriptor, _bytes_of(buffer), position + first * pitch * target.itemsize, path)
+        some.copy_(buffer.as_strided(some.shape, (pitch, 1)))
+
+
 def _bytes_of(data: Tensor) -> memoryview:
-    """Return the memory of a flat CPU tensor."""
-    array: Any = data.detach().view(torch.uint8).numpy()  # Any: arrays are buffers, untyped
+    """Return the memory of a contiguous CPU tensor."""
+    array: Any = (
+        data.detach().view(-1).view(torch.uint8).numpy()
+    )  # Any: arrays are buffers, untyped
     return memoryview(array)
 
 

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ class Checkpointer:
         """
         self.wait()
         described = json.dumps(meta)
-        layout = {n: (r.start, r.data.numel(), r.data.dtype, r.shape) for n, r in tensors.items()}
+        layout = {n: (r.places, r.data.dtype, r.shape) for n, r in tensors.items()}
         votes = self._peers.gather((step, layout == self._layout, secrets.token_hex(4)))
         if any(vote[0] != step for vote in votes):
             raise CheckpointError(
@@ -240,7 +240,7 @@ class Checkpointer:
         names = self._planner.names
         if names is None:
             self._staged = {
-                name: FlatRange(torch.empty_like(part.data, device="cpu"), part.start, part.shape)
+                name: replace(part, data=torch.empty_like(part.data, device="cpu"))
                 for name, part in tensors.items()
             }
         elif len(names) != len(self._staged):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from gatewise.moe.config import ModelConfig
-from gatewise.parallel.config import ParallelConfig
+from gatewise.parallel.config import ParallelConfig, divisors
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.ahead.config import Exchange
-from gatewise.routers.config import RouterConfig
+from gatewise.routers.config import RouterConfig, Selector
 from gatewise.training.schedule_config import ScheduleConfig
 
 __all__ = [
@@ -272,8 +272,9 @@ class TrainConfig:
                 f"schedule.policy is {self.schedule.policy} but the model has no MoE layer; set it "
                 "to serial, or model.num_experts above 0"
             )
-        share = max(1, self.batch.sequences // self.parallel.ranks)
-        tokens = (self.batch.micro or share) * self.data.sequence_length
+        tensor = self.parallel.tensor
+        share = max(1, self.batch.sequences * tensor // self.parallel.ranks)
+        tokens = (self.batch.micro or share) * self.data.sequence_length // tensor
         for name, chunks in zip(("forward", "backward"), self.schedule.chunks, strict=True):
             if chunks > tokens:
                 raise ConfigError(
@@ -282,25 +283,60 @@ class TrainConfig:
                 )
 
     def _check_layout(self) -> None:
-        experts, ranks = self.model.num_experts, self.parallel.ranks
+        experts, tensor = self.model.num_experts, self.parallel.tensor
+        ranks, what = self.parallel.ranks // tensor, "parallel.ranks"
+        if tensor > 1:
+            what += " / parallel.tensor"
+            self._check_tensor()
         if experts and experts % self.parallel.expert:
             raise ConfigError(
                 f"model.num_experts is {experts}, which parallel.expert "
                 f"({self.parallel.expert}) does not divide; every rank holds equally many experts"
             )
+        width, shards = self.model.expert_width, self.parallel.expert_shard
+        if experts and width % shards:
+            possible = [n for n in divisors(width) if self.parallel.ranks % n == 0]
+            raise ConfigError(
+                f"model.expert_width is {width}, which parallel.expert_shard ({shards}) does not "
+                f"divide; choose one of {possible}"
+            )
         if ranks > self.batch.sequences:
             raise ConfigError(
-                f"parallel.ranks is {ranks} but batch.sequences is {self.batch.sequences}; "
+                f"{what} is {ranks} but batch.sequences is {self.batch.sequences}; "
                 "every rank needs at least one sequence: use fewer ranks or a larger batch"
             )
         if self.batch.sequences % ranks:
             raise ConfigError(
-                f"batch.sequences is {self.batch.sequences}, which parallel.ranks ({ranks}) does "
-                f"not divide; choose a multiple of {ranks}"
+                f"batch.sequences is {self.batch.sequences}, which {what} ({ranks}) does not "
+                f"divide; choose a multiple of {ranks}"
             )
         share = self.batch.sequences // ranks
         if self.batch.micro is not None and share % self.batch.micro:
             raise ConfigError(
                 f"batch.micro is {self.batch.micro}, which does not divide a rank's share of the "
                 f"batch ({share} sequences)"
+            )
+
+    def _check_tensor(self) -> None:
+        """Check what attention split over ranks asks of the other settings."""
+        tensor, model = self.parallel.tensor, self.model
+        for name, value in (
+            ("model.heads", model.heads),
+            ("model.kv_heads", model.kv_heads or model.heads),
+            ("data.sequence_length", self.data.sequence_length),
+        ):
+            if value % tensor:
+                raise ConfigError(
+                    f"{name} is {value}, which parallel.tensor ({tensor}) does not divide; choose "
+                    f"a multiple of {tensor}, or parallel.tensor from {divisors(value)}"
+                )
+        if self.router.ahead.is_on:
+            raise ConfigError(
+                f"parallel.tensor is {tensor}, but a pre-gate needs whole sequences on a rank; set "
+                "parallel.tensor=1 or router.ahead.kind=off"
+            )
+        if model.num_experts and self.router.selector is Selector.soft:
+            raise ConfigError(
+                f"parallel.tensor is {tensor}, but router.selector=soft mixes the tokens of whole "
+                "sequences on a rank; set parallel.tensor=1 or choose another selector"
             )

@@ -158,7 +158,7 @@ def _build(config: TrainConfig, teacher: Path, runtime: Runtime, data: PreparedD
         config.model,
         config.router,
         vocab_size=data.tokenizer.vocab_size,
-        group=runtime.groups.expert,
+        group=runtime.groups.experts,
         device=runtime.device,
         dtype=torch.float32,
         seed=config.seed,

@@ -96,18 +96,22 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    step = config.micro * control.size
+    split = model.split  # ranks that share sequences read the same windows
+    readers, reader = control.size // split.parts, control.rank // split.parts
+    step = config.micro * readers
     for first in range(0, len(windows), step):
         if _asked_to_stop(stop, control, device):
             model.train(was_training)
             raise EvaluationStopped
-        mine = range(first + control.rank, min(first + step, len(windows)), control.size)
-        input_WS, target_WS = _read(tokens, windows, mine, config.micro)
+        mine = range(first + reader, min(first + step, len(windows)), readers)
+        input_WS, target_WS = _read(tokens, windows, mine, config.micro, split.parts)
+        padding_T = torch.zeros(input_WS.shape, dtype=torch.bool)
+        padding_T[len(mine) :] = True
+        padding_T[:, int(windows.lengths[0]) - 1 :] = True
+        target_WS = split.own(target_WS)
         bytes_here = (
             torch.where(target_WS >= 0, token_bytes[target_WS.clamp(min=0)], 0).sum().double()
         )
-        padding_T = torch.zeros(input_WS.shape, dtype=torch.bool)
-        padding_T[len(mine) :] = True
         context = RoutingContext(padding_T=padding_T.flatten().to(device))
         target_WS = target_WS.to(device)
         output = model(input_WS.to(device), context)
@@ -135,16 +139,23 @@ def _read(
     windows: Windows,
     chosen: range,
     size: int,
+    parts: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets of `chosen` windows, filled up to `size` with unscored rows."""
+    """Return inputs and targets of `chosen` windows.
+
+    They are filled up to `size` rows, and to a multiple of `parts` positions, with what is not
+    scored.
+    """
     length = int(windows.lengths[0])
-    both_WL = np.zeros((size, length), dtype=np.int64)
+    filled = (length - 1 + parts - 1) // parts * parts + 1
+    both_WL = np.zeros((size, filled), dtype=np.int64)
     for row, window in enumerate(chosen):
         start = int(windows.starts[window])
-        both_WL[row] = tokens[start : start + length]
+        both_WL[row, :length] = tokens[start : start + length]
     input_WS = torch.from_numpy(both_WL[:, :-1])
     target_WS = torch.from_numpy(both_WL[:, 1:].copy())
     for row, window in enumerate(chosen):
         target_WS[row, : int(windows.first_scored[window])] = -100
     target_WS[len(chosen) :] = -100
+    target_WS[:, length - 1 :] = -100
     return input_WS, target_WS

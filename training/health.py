@@ -4,6 +4,7 @@ Shapes:  L MoE layers   E experts, all ranks
 Names:   `group/name_unit`; `moe/` values are over all layers, `moe/layer_03/...` over one.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -140,7 +141,7 @@ def expert_squares(buckets: Sequence[Bucket], num_experts: int) -> Tensor:
             if start >= end:
                 continue
             width = slot.gradient[0].numel()
-            first = slot.spec.start // width
+            first = slot.spec.start // math.prod(slot.spec.shape[1:])
             mine = torch.zeros_like(slot.gradient).view(-1)
             mine[start - slot.offset : end - slot.offset] = bucket.gradients[start:end]
             square_e = torch.linalg.vector_norm(mine.view(-1, width), dim=1).square() / replicas

@@ -61,7 +61,8 @@ class LaneMeter:
         if self._origin is not None:
             groups = self._runtime.groups
             lines = _gather_lines(line, groups)
-            events = trace_events(line, lines, {"inter": groups.expert}, self._plan.predicted)
+            lanes = {"inter": groups.experts.rows, "intra": groups.experts.shard}
+            events = trace_events(line, lines, lanes, self._plan.predicted)
             path = self._folder / "trace" / f"step_{step}_rank_{self._runtime.rank}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps({"traceEvents": events}) + "\n", encoding="utf-8")

@@ -52,12 +52,17 @@ def plan_schedule(config: TrainConfig, *, number_bytes: int = 4) -> TrainingSche
     """
     asked = config.schedule
     if asked.profile is None:
-        schedule = stated_schedule(asked.policy, *asked.chunks)
+        schedule = stated_schedule(
+            asked.policy, *asked.chunks, is_sharded=config.parallel.expert_shard > 1
+        )
         return TrainingSchedule(asked.policy, schedule, {})
     path = Path(asked.profile).expanduser()
     profile = read_profile(path)
     layout = Layout(
-        config.parallel.ranks, profile.layout.ranks_per_node, expert=config.parallel.expert
+        config.parallel.ranks,
+        profile.layout.ranks_per_node,
+        expert=config.parallel.expert,
+        shard=config.parallel.expert_shard,
     )
     profile.require(layout, name=f"schedule.profile {path}")
     problem = _problem(config, profile, number_bytes)
@@ -71,14 +76,15 @@ def plan_schedule(config: TrainConfig, *, number_bytes: int = 4) -> TrainingSche
 
 def _problem(config: TrainConfig, profile: Profile, number_bytes: int) -> Problem:
     """Return what the policies are asked: a block of this model, one micro-batch of one rank."""
-    share = config.batch.sequences // config.parallel.ranks
+    tensor = config.parallel.tensor
+    share = config.batch.sequences * tensor // config.parallel.ranks
     sequences = config.batch.micro or share
-    tokens = sequences * config.data.sequence_length
+    tokens = sequences * config.data.sequence_length // tensor
     work = block_work(
         _shape(config),
         profile,
         Workload(
-            sequences * profile.layout.shard,
+            max(1, sequences * profile.layout.shard // tensor),
             config.data.sequence_length,
             activation_bytes=number_bytes,
             recompute=config.recompute,

@@ -44,9 +44,8 @@ def model_ranges(model: Decoder) -> dict[str, FlatRange]:
     """List the weights and biases of a model without an optimizer; its parameters are fp32."""
     ranges = _router_ranges(model)
     for spec in parameter_specs(model):
-        ranges[f"model/{spec.name}"] = FlatRange(
-            data=spec.local(), start=spec.start, shape=spec.shape
-        )
+        flat = spec.local()
+        ranges[f"model/{spec.name}"] = FlatRange.spread(flat, spec.cut(0, flat.numel()), spec.shape)
     return ranges
 
 
@@ -97,10 +96,10 @@ def _owned(bucket: Bucket, flat: Tensor, prefix: str) -> dict[str, FlatRange]:
     for slot in bucket.slots:
         start, end = max(slot.offset, owned.start), min(slot.end, owned.stop)
         if start < end:
-            ranges[f"{prefix}/{slot.spec.name}"] = FlatRange(
-                data=flat[start - owned.start : end - owned.start].detach(),
-                start=slot.spec.start + start - slot.offset,
-                shape=slot.spec.shape,
+            ranges[f"{prefix}/{slot.spec.name}"] = FlatRange.spread(
+                flat[start - owned.start : end - owned.start].detach(),
+                slot.spec.cut(start - slot.offset, end - slot.offset),
+                slot.spec.shape,
             )
     return ranges
 

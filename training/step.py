@@ -98,7 +98,8 @@ def train_step(
     for index, (token_BS, key) in enumerate(zip(micro_batches, noise, strict=True)):
         reducer.begin(reduce=index + 1 == len(micro_batches))
         output = model(token_BS[:, :-1], RoutingContext(noise=key), plan=plans[index])
-        mean = language_loss(model, output, token_BS[:, 1:]) / token_BS[:, 1:].numel()
+        target_BS = model.split.own(token_BS[:, 1:])
+        mean = language_loss(model, output, target_BS) / target_BS.numel()
         parts = _sum_losses(output.routings)
         if output.routings:
             parts |= balance.add(output.routings)

@@ -122,7 +122,8 @@ class Trainer:
             config.model,
             config.router,
             vocab_size=vocab_size,
-            group=groups.expert,
+            group=groups.experts,
+            tensor=groups.tensor,
             device=runtime.device,
             dtype=resolve_dtype(config.precision, runtime.device),
             seed=config.seed,
@@ -261,9 +262,10 @@ class Trainer:
     def _read_micro_batches(self) -> tuple[list[Tensor], list[NoiseKey]]:
         """Read this rank's consecutive share of the step's samples, cut into micro-batches."""
         config = self.config
-        share = config.batch.sequences // self.runtime.world
+        groups = self.runtime.groups
+        share = config.batch.sequences // groups.readers
         micro = config.batch.micro or share
-        first = self.progress.sample + self.runtime.rank * share
+        first = self.progress.sample + self.runtime.rank // groups.tensor.size * share
         batches, keys = [], []
         for start in range(first, first + share, micro):
             indices = range(start, start + micro)

@@ -15,7 +15,7 @@ from gatewise.moe.config import Activation
 from gatewise.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.layer import MoELayer
-from gatewise.moe.stages import BACKWARD, FORWARD, Schedule
+from gatewise.moe.stages import Schedule, backward_graph, forward_graph
 from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.dims import Groups, make_groups
 from gatewise.parallel.schedule.executor import Execution
@@ -26,7 +26,7 @@ from gatewise.routers.config import BalanceScope, RouterConfig
 from gatewise.routers.router import ComposedRouter
 from ranks import run_ranks
 
-HIDDEN, WIDTH, EXPERTS, TOP_K = 8, 6, 8, 2
+HIDDEN, WIDTH, EXPERTS, TOP_K = 8, 12, 8, 2
 SHARES = {  # tokens of each rank, and whether all choose the same experts
     "uneven": ([10, 7, 13, 4], False),
     "one rank has no token": ([9, 0, 5, 6], False),
@@ -36,17 +36,17 @@ SHARES = {  # tokens of each rank, and whether all choose the same experts
 }
 
 
-def schedules() -> Iterator[tuple[str, Schedule]]:
+def schedules(*, is_sharded: bool = False) -> Iterator[tuple[str, Schedule]]:
     """Yield 1, 2 and 3 chunks, one after the other and overlapped; and passes cut differently."""
+    graphs = forward_graph(is_sharded=is_sharded), backward_graph(is_sharded=is_sharded)
+    forward, backward = graphs
     for chunks in (1, 2, 3):
-        yield f"serial in {chunks}", Schedule.serial(chunks)
-        yield (
-            f"staged in {chunks}",
-            Schedule(staged_plan(FORWARD, chunks), staged_plan(BACKWARD, chunks)),
-        )
-    yield "2 and 3", Schedule(staged_plan(FORWARD, 2), staged_plan(BACKWARD, 3))
-    uneven = replace(staged_plan(FORWARD, 3), shares=(0.2, 0.5, 0.3))
-    yield "uneven and 1", Schedule(uneven, serial_plan(BACKWARD))
+        yield f"serial in {chunks}", Schedule.serial(chunks, is_sharded=is_sharded)
+        staged = staged_plan(forward, chunks), staged_plan(backward, chunks)
+        yield f"staged in {chunks}", Schedule(*staged, *graphs)
+    yield "2 and 3", Schedule(staged_plan(forward, 2), staged_plan(backward, 3), *graphs)
+    uneven = replace(staged_plan(forward, 3), shares=(0.2, 0.5, 0.3))
+    yield "uneven and 1", Schedule(uneven, serial_plan(backward), *graphs)
 
 
 def whole_layer() -> MoELayer:
@@ -63,9 +63,9 @@ def whole_layer() -> MoELayer:
 
 def spread(whole: MoELayer, groups: Groups) -> MoELayer:
     """Return this rank's part of the layer."""
-    if groups.expert.handle is None:
+    if groups.experts.size == 1:
         return copy.deepcopy(whole)
-    dispatcher = AllToAllDispatcher(EXPERTS, groups.expert)
+    dispatcher = AllToAllDispatcher(EXPERTS, groups.experts)
     mine = slice(dispatcher.first_expert, dispatcher.first_expert + dispatcher.num_local)
     experts = GroupedExperts(
         dispatcher.num_local,
@@ -73,9 +73,11 @@ def spread(whole: MoELayer, groups: Groups) -> MoELayer:
         WIDTH,
         Activation.swiglu,
         first_expert=dispatcher.first_expert,
+        shard=groups.experts.shard.rank,
+        shards=groups.experts.shard.size,
     ).double()
-    experts.w_in_eGD.data.copy_(whole.experts.w_in_eGD[mine])
-    experts.w_out_eDF.data.copy_(whole.experts.w_out_eDF[mine])
+    for name, weight in experts.named_parameters():
+        weight.data.copy_(experts.part_of(name, getattr(whole.experts, name)[mine]))
     return MoELayer(copy.deepcopy(whole.router), experts, dispatcher)  # type: ignore[type-var]
 
 
@@ -94,8 +96,8 @@ def assert_near(have: Tensor, want: Tensor, what: str) -> None:
         assert error < 1e-10, f"{what} is off by {error:.1e}"
 
 
-def _is_the_one_rank_layer(rank: int, world: int, degree: int) -> None:
-    groups = make_groups(ParallelConfig(ranks=world, expert=degree))
+def _is_the_one_rank_layer(rank: int, world: int, expert: int, shards: int) -> None:
+    groups = make_groups(ParallelConfig(ranks=world, expert=expert, expert_shard=shards))
     for case, (shares, skewed) in SHARES.items():
         generator = torch.Generator().manual_seed(1)
         total = sum(shares[:world])
@@ -111,7 +113,7 @@ def _is_the_one_rank_layer(rank: int, world: int, degree: int) -> None:
         start = sum(shares[:rank])
         mine = slice(start, start + shares[rank])
         first = layer.dispatcher.first_expert
-        for plan, schedule in schedules():
+        for plan, schedule in schedules(is_sharded=shards > 1):
             layer.schedule = schedule
             have = passes(layer, x_TD[mine], mix_TD[mine])
             for name, value in have.items():
@@ -120,6 +122,7 @@ def _is_the_one_rank_layer(rank: int, world: int, degree: int) -> None:
                     expected = expected[mine]
                 elif name.startswith("experts"):
                     expected = expected[first : first + layer.experts.num_local]
+                    expected = layer.experts.part_of(name.rpartition(".")[2], expected)
                     if groups.expert_data.replicate.handle is not None:
                         dist.all_reduce(value, group=groups.expert_data.replicate.handle)
                 else:
@@ -128,11 +131,14 @@ def _is_the_one_rank_layer(rank: int, world: int, degree: int) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 1), (4, 2), (4, 4)])
-def test_outputs_and_all_gradients_do_not_depend_on_the_expert_degree(
-    world: int, degree: int
+@pytest.mark.parametrize(
+    ("world", "expert", "shards"),
+    [(2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)],
+)
+def test_outputs_and_all_gradients_do_not_depend_on_where_experts_are(
+    world: int, expert: int, shards: int
 ) -> None:
-    run_ranks(_is_the_one_rank_layer, world, (degree,))
+    run_ranks(_is_the_one_rank_layer, world, (expert, shards))
 
 
 def _public_layer_is_the_one_rank_layer(rank: int, world: int) -> None:

@@ -11,6 +11,7 @@ from training_runs import LENGTH, Run, losses, make_text, make_trainer, run, tin
 from gatewise.moe.model import parameter_specs
 from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.dims import make_groups
+from gatewise.parallel.parameters import take_spans
 from gatewise.routers.config import BalanceScope, RouterConfig, ScoreFunction
 from gatewise.training.config import EvaluationConfig, OptimConfig, Precision, TrainConfig
 from gatewise.training.data import PreparedData, open_prepared
@@ -78,6 +79,27 @@ def test_losses_norms_and_parameters_do_not_depend_on_the_layout(
 ) -> None:
     config = tiny(STEPS, ranks=ranks, expert=expert, shard=shard)
     assert_same(run(config, data, tmp_path), alone["default"])
+
+
+SPLIT = {  # degrees that split experts and attention
+    "experts": (2, {"expert_shard": 2, "shard": 2}),
+    "experts over two nodes": (4, {"expert": 2, "expert_shard": 2, "node": 2}),
+    "attention": (2, {"tensor": 2, "shard": 2}),
+    "both": (4, {"expert": 2, "expert_shard": 2, "tensor": 2, "shard": 4, "node": 2}),
+    "attention, whole experts": (4, {"expert": 4, "tensor": 2, "node": 2, "dispatch": "2dh"}),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", SPLIT)
+@pytest.mark.parametrize("name", ["default", "balanced"])
+def test_split_experts_and_attention_train_as_one_rank(
+    name: str, layout: str, data: PreparedData, alone: dict[str, Run], tmp_path: Path
+) -> None:
+    ranks, degrees = SPLIT[layout]
+    router = RouterConfig() if name == "default" else BALANCED
+    config = tiny(STEPS, ranks=ranks, parallel=degrees, router=router)
+    assert_same(run(config, data, tmp_path), alone[name])
 
 
 @pytest.mark.dist
@@ -201,13 +223,16 @@ def _one_step(
 
 def _norms_are(rank: int, world: int, folder: str, tmp: str, wanted: dict[str, float]) -> None:
     data = open_prepared(folder)
-    for expert, shard in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 4), (4, 4)):
-        config = tiny(1, ranks=world, expert=expert, shard=shard)
-        place = Path(tmp) / f"{expert}-{shard}"
+    layouts = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 4), (4, 4)]
+    layouts += [(2, 1, 2), (1, 4, 4), (1, 2, 2, 2), (2, 4, 2, 2)]
+    for expert, shard, *others in layouts:
+        more = dict(zip(("expert_shard", "tensor"), others, strict=False))
+        config = tiny(1, ranks=world, expert=expert, shard=shard, parallel=more)
+        place = Path(tmp) / f"{expert}-{shard}-{others}"
         place.mkdir(exist_ok=True)
         norms, by_expert = _one_step(config, data, place, rank)
-        assert norms == pytest.approx(wanted, rel=1e-5), (expert, shard)
-        assert by_expert == pytest.approx(norms["expert"], rel=1e-5), (expert, shard)
+        assert norms == pytest.approx(wanted, rel=1e-5), (expert, shard, others)
+        assert by_expert == pytest.approx(norms["expert"], rel=1e-5), (expert, shard, others)
 
 
 @pytest.mark.dist
@@ -269,14 +294,15 @@ def test_the_norm_is_that_of_plain_autograd(data: PreparedData, tmp_path: Path) 
 
 def _starts_are_slices(rank: int, world: int, folder: str, tmp: str, whole: str) -> None:
     wanted = torch.load(whole, weights_only=True)
-    for expert in (1, 2, 4):
-        config = tiny(1, ranks=world, expert=expert)
-        place = Path(tmp) / str(expert)
+    split = {"expert_shard": 2, "tensor": 2}
+    for expert, more in ((1, {}), (2, {}), (4, {}), (2, split), (1, {"expert_shard": 4})):
+        config = tiny(1, ranks=world, expert=expert, parallel=more)
+        place = Path(tmp) / f"{expert} {len(more)}"
         place.mkdir(exist_ok=True)
         trainer, _ = make_trainer(config, open_prepared(folder), place, rank)
         for spec in parameter_specs(trainer.model):
             flat = wanted[spec.name].flatten()
-            mine = flat[spec.start : spec.start + spec.parameter.numel()]
+            mine = take_spans(flat, spec.cut(0, spec.parameter.numel()))
             assert torch.equal(spec.local(), mine), spec.name
             assert spec.shape == wanted[spec.name].shape
         trainer.close()
@@ -314,6 +340,33 @@ def _groups_are(rank: int, world: int) -> None:
     groups = make_groups(ParallelConfig(ranks=world, expert=4))
     assert members(groups.expert) == [0, 1, 2, 3]
     assert members(groups.expert_data.replicate) == [rank]
+    groups = make_groups(
+        ParallelConfig(ranks=world, expert=2, expert_shard=2, tensor=2, node=2, dispatch="2dh")
+    )
+    assert members(groups.experts.rows) == [rank % 2, rank % 2 + 2]
+    assert members(groups.experts.shard) == members(groups.tensor) == [pair, pair + 1]
+    assert members(groups.experts.everyone) == [0, 1, 2, 3]
+    assert members(groups.experts.local) == [rank]
+    assert members(groups.experts.across) == [rank % 2, rank % 2 + 2]
+    assert members(groups.expert_data.replicate) == [rank]
+    assert members(groups.tensor_data.replicate) == [rank % 2, rank % 2 + 2]
+    assert groups.readers == 2
+    # lanes do not share a communicator, though the ranks be the same
+    handles = [
+        group.handle
+        for group in (
+            groups.control,
+            groups.experts.rows,
+            groups.experts.across,
+            groups.experts.shard,
+            groups.experts.everyone,
+            groups.tensor,
+            groups.tensor_data.replicate,
+            groups.dense.replicate,
+        )
+    ]
+    assert None not in handles
+    assert len(set(map(id, handles))) == len(handles)
 
 
 @pytest.mark.dist
@@ -321,15 +374,25 @@ def test_groups_are_the_documented_ranks() -> None:
     run_ranks(_groups_are, 4)
 
 
-def _evaluates(rank: int, world: int, folder: str, tmp: str, stride: int | None) -> None:
-    config = tiny(1, ranks=world, expert=1 if world == 3 else world, batch=_batch(world))
+def _evaluates(
+    rank: int, world: int, folder: str, tmp: str, stride: int | None, tensor: int
+) -> None:
+    config = tiny(
+        1,
+        ranks=world,
+        expert=1 if world == 3 else world,
+        batch=_batch(world),
+        parallel={"tensor": tensor},
+    )
     config.evaluation = EvaluationConfig(stride=stride, micro=3, tokens=None)
     trainer, _ = make_trainer(config, open_prepared(folder), Path(tmp), rank)
     result = trainer.evaluate()
     trainer.close()
     assert trainer.model.training
     if rank == 0:
-        torch.save([result.nats, result.tokens, result.text_bytes], Path(tmp) / f"e{world}")
+        torch.save(
+            [result.nats, result.tokens, result.text_bytes], Path(tmp) / f"e{world}-{tensor}"
+        )
 
 
 def _batch(world: int):
@@ -343,13 +406,13 @@ def test_evaluation_scores_every_target_once_on_any_number_of_ranks(
     data: PreparedData, tmp_path: Path
 ) -> None:
     results = []
-    for world, stride in ((1, 20), (2, 20), (3, 20)):
-        args = (str(data.folder), str(tmp_path), stride)
+    for world, stride, tensor in ((1, 20, 1), (2, 20, 1), (3, 20, 1), (2, 20, 2)):
+        args = (str(data.folder), str(tmp_path), stride, tensor)
         if world == 1:
             _evaluates(0, 1, *args)
         else:
             run_ranks(_evaluates, world, args)
-        results.append(torch.load(tmp_path / f"e{world}", weights_only=False))
+        results.append(torch.load(tmp_path / f"e{world}-{tensor}", weights_only=False))
     tokens = data.validation.tokens
     for nats, count, text_bytes in results:
         assert count == len(tokens) - 1

@@ -92,6 +92,36 @@ def test_ranks_go_on_bit_for_bit_and_any_other_layout_within_rounding(
 
 
 @pytest.mark.dist
+def test_split_experts_and_attention_are_saved_for_any_other_layout(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    """Flat shards of optimizer state cut the runs of rows and columns at any place."""
+    layouts: dict[str, tuple[int, dict[str, int]]] = {
+        "split": (4, {"expert": 2, "expert_shard": 2, "tensor": 2}),
+        "flat": (4, {"expert_shard": 2, "tensor": 2, "shard": 4}),
+        "whole": (2, {"expert": 2, "shard": 2}),
+        "alone": (1, {}),
+    }
+
+    def config(name: str) -> TrainConfig:
+        ranks, degrees = layouts[name]
+        return saving(6, router=NOISY, log_every=2, ranks=ranks, parallel=degrees)
+
+    for name, others in (("split", ("flat", "alone")), ("flat", ("whole",)), ("alone", ("flat",))):
+        run_through = run(config(name), data, tmp_path / name)
+        again = run(config(name), data, cut(run_through, tmp_path / f"{name} again", 3))
+        assert_identical(again, run_through, first=4)
+        for other in others:
+            place = cut(run_through, tmp_path / f"{name} on {other}", 3)
+            result = run(config(other), data, place)
+            assert losses(result) == pytest.approx(losses(run_through)[1:], rel=1e-5)
+            found = result.tensors()
+            for key, tensor in run_through.tensors().items():
+                error = (found[key] - tensor).norm() / tensor.norm().clamp(min=1e-6)
+                assert float(error) < 1e-4, (name, other, key)
+
+
+@pytest.mark.dist
 def test_recomputation_and_evaluation_in_between_change_no_bit(
     data: PreparedData, tmp_path: Path
 ) -> None:

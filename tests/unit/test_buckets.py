@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from gatewise.parallel.buckets import Bucket, make_buckets
 from gatewise.parallel.collectives import NO_GROUP, Group, Traffic
-from gatewise.parallel.dims import Groups, ReduceGroups
-from gatewise.parallel.parameters import Label, ParameterSpec
+from gatewise.parallel.dims import ExpertGroups, Groups, ReduceGroups
+from gatewise.parallel.parameters import Label, Owner, ParameterSpec
 from gatewise.parallel.reducer import GradientReducer, gradient_squares
 
 ALONE = ReduceGroups(NO_GROUP, NO_GROUP)
@@ -16,12 +16,13 @@ ALONE = ReduceGroups(NO_GROUP, NO_GROUP)
 def groups(shard: int = 1) -> Groups:
     """Describe the second of `shard` ranks, without any communication."""
     pieces = ReduceGroups(Group(None, min(1, shard - 1), shard, Traffic()), NO_GROUP)
-    return Groups(NO_GROUP, NO_GROUP, pieces, ALONE, None)
+    return Groups(NO_GROUP, ExpertGroups(NO_GROUP), pieces, ALONE, None)
 
 
 def spec(name: str, value: Tensor, label: Label = "dense", *, decay: bool = True) -> ParameterSpec:
     parameter = nn.Parameter(value)
-    return ParameterSpec(name, parameter, label, False, decay, tuple(value.shape))
+    owner: Owner = "expert" if label == "expert" else "all"
+    return ParameterSpec(name, parameter, label, owner, decay, tuple(value.shape))
 
 
 def three() -> list[ParameterSpec]:

@@ -116,6 +116,25 @@ MISTAKES = {
     "model.num_experts=7 parallel.ranks=2 parallel.expert=2": ["model.num_experts is 7"],
     "parallel.ranks=3 parallel.expert=2": ["parallel.expert is 2", "parallel.ranks"],
     "parallel.ranks=32": ["parallel.ranks is 32", "batch.sequences"],
+    "model.expert_width=30 parallel.ranks=4 parallel.expert_shard=4": [
+        "model.expert_width is 30",
+        "parallel.expert_shard (4)",
+        "[1, 2]",
+    ],
+    "model.heads=2 parallel.ranks=4 parallel.tensor=4": [
+        "model.heads is 2, which parallel.tensor (4)",
+        "parallel.tensor from [1, 2]",
+    ],
+    "model.kv_heads=2 parallel.ranks=4 parallel.tensor=4": ["model.kv_heads is 2", "multiple of 4"],
+    "data.sequence_length=63 parallel.ranks=2 parallel.tensor=2": ["data.sequence_length is 63"],
+    "batch.sequences=3 parallel.ranks=4 parallel.tensor=2": [
+        "parallel.ranks / parallel.tensor (2)"
+    ],
+    "router=gru_pregate parallel.ranks=2 parallel.tensor=2": ["router.ahead.kind=off"],
+    "router=soft router.allow_noncausal=true parallel.ranks=2 parallel.tensor=2": [
+        "router.selector=soft"
+    ],
+    "parallel.ranks=4 parallel.dispatch=tree": ["'tree'", "direct, 1dh, 2dh"],
     "seed=${nothing}": ["seed", "nothing"],
 }
 

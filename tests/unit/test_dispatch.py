@@ -65,11 +65,11 @@ def test_expert_major_order_is_by_expert_then_rank_then_token() -> None:
         for expert, count in enumerate(counts)
         for row in range(count)
     ]
-    arrange_R, restore_R = _expert_major(count_Pe)
+    arrange_R, restore_R = _expert_major(count_Pe.unsqueeze(1))
     assert [received[i] for i in arrange_R.tolist()] == sorted(received)
     assert arrange_R[restore_R].tolist() == list(range(len(received)))
     for empty_Pe in (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)):
-        assert all(index_R.shape == (0,) for index_R in _expert_major(empty_Pe))
+        assert all(index_R.shape == (0,) for index_R in _expert_major(empty_Pe.unsqueeze(1)))
 
 
 def test_experts_that_the_ranks_do_not_divide_are_refused() -> None:

@@ -118,7 +118,7 @@ def test_squares_of_experts_are_found_wherever_a_shard_ends() -> None:
 
     from gatewise.parallel.buckets import make_buckets
     from gatewise.parallel.collectives import Group, Traffic
-    from gatewise.parallel.dims import Groups, ReduceGroups
+    from gatewise.parallel.dims import ExpertGroups, Groups, ReduceGroups
     from gatewise.parallel.parameters import ParameterSpec
 
     shapes = {"w_in": (3, 2, 4), "w_out": (3, 4, 2)}
@@ -137,11 +137,15 @@ def test_squares_of_experts_are_found_wherever_a_shard_ends() -> None:
         parts = []
         for rank in range(shards):
             specs = [
-                ParameterSpec(n, nn.Parameter(torch.zeros_like(v)), "expert", False, True, v.shape)
+                ParameterSpec(
+                    n, nn.Parameter(torch.zeros_like(v)), "expert", "expert", True, v.shape
+                )
                 for n, v in values.items()
             ]
             pieces = ReduceGroups(Group(None, rank, shards, Traffic()), NO_GROUP)
-            buckets = make_buckets(specs, Groups(NO_GROUP, NO_GROUP, pieces, pieces, None))
+            buckets = make_buckets(
+                specs, Groups(NO_GROUP, ExpertGroups(NO_GROUP), pieces, pieces, None)
+            )
             for slot in buckets[0].slots:
                 slot.gradient.copy_(values[slot.spec.name])
             parts.append(expert_squares(buckets, 3))

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from gatewise.parallel.buckets import Bucket, make_buckets
 from gatewise.parallel.collectives import NO_GROUP
-from gatewise.parallel.dims import Groups, ReduceGroups
+from gatewise.parallel.dims import ExpertGroups, Groups, ReduceGroups
 from gatewise.parallel.parameters import Label, ParameterSpec
 from gatewise.training.config import OptimConfig, Schedule
 from gatewise.training.optim import ShardedAdamW, learning_rate, load_apex_adam
 
 ALONE = ReduceGroups(NO_GROUP, NO_GROUP)
-GROUPS = Groups(NO_GROUP, NO_GROUP, ALONE, ALONE, None)
+GROUPS = Groups(NO_GROUP, ExpertGroups(NO_GROUP), ALONE, ALONE, None)
 KINDS: list[tuple[str, tuple[int, ...], Label, bool]] = [
     ("embedding", (7, 3), "embedding", False),
     ("norm", (3,), "dense", False),
@@ -32,7 +32,7 @@ def specs(dtype: torch.dtype = torch.float32) -> list[ParameterSpec]:
             name,
             nn.Parameter(torch.randn(shape, generator=generator).to(dtype)),
             label,
-            sharded=False,
+            owner="expert" if label == "expert" else "all",
             decay=decay,
             shape=shape,
         )

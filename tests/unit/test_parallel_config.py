@@ -14,11 +14,32 @@ from gatewise.parallel.runtime import multiplies_bf16, running, start_runtime
         ({"ranks": 4, "expert": 3}, r"parallel.expert is 3.*choose one of \[1, 2, 4\]"),
         ({"ranks": 4, "shard": 8}, "parallel.shard is 8, which does not divide parallel.ranks"),
         ({"ranks": 6, "expert": 3, "shard": 2}, "one must divide the other"),
+        (
+            {"ranks": 8, "expert": 4, "expert_shard": 4},
+            r"expert x parallel.expert_shard is 4 x 4 = 16, which does not divide parallel.ranks "
+            r"\(8\); choose parallel.expert from \[1, 2\]",
+        ),
+        (
+            {"ranks": 8, "expert_shard": 4, "node": 2},
+            r"parallel.expert_shard is 4, which does not divide the 2 ranks of a node.*\[1, 2\]",
+        ),
+        ({"ranks": 4, "node": 3}, "parallel.node is 3, which does not divide parallel.ranks"),
+        ({"node": 0}, "parallel.node is 0; it must be at least 1 or null"),
+        ({"expert_shard": 0}, "parallel.expert_shard is 0"),
+        (
+            {"ranks": 12, "expert": 2, "expert_shard": 2, "shard": 3},
+            "parallel.shard is 3 and parallel.expert x parallel.expert_shard is 4; one must",
+        ),
+        ({"dispatch": "3dh"}, "parallel.dispatch is .3dh.; it must be one of direct, 1dh, 2dh"),
+        (
+            {"ranks": 12, "expert": 6, "node": 4, "dispatch": "2dh"},
+            "do not fill nodes of 4 ranks evenly; use parallel.dispatch=direct",
+        ),
         ({"threads": 0}, "parallel.threads is 0"),
         ({"timeout": 0.0}, "parallel.timeout is 0.0"),
     ],
 )
-def test_degrees_that_do_not_fit_are_named(settings: dict[str, int], message: str) -> None:
+def test_degrees_that_do_not_fit_are_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**settings)  # type: ignore[arg-type]
 
