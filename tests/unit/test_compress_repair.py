@@ -8,7 +8,14 @@ import torch
 from compressed_models import compressed, settings, trained, weights
 from torch import Tensor, nn
 
-from gatewise.compression.config import Repair, RepairConfig
+from gatewise.compression.config import (
+    Allocation,
+    CompressConfig,
+    Method,
+    Repair,
+    RepairConfig,
+    TextConfig,
+)
 from gatewise.compression.observe import Seen
 from gatewise.compression.pipeline import Source
 from gatewise.compression.repair import RouterTarget, check_repairable, fit_router
@@ -23,6 +30,17 @@ from gatewise.routers.router import ComposedRouter
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return trained(tmp_path_factory.mktemp("model"))[0]
+
+
+def quick(repair: RepairConfig | None = None) -> CompressConfig:
+    """Return settings without costs, gradients and feedback."""
+    return settings(
+        allocation=Allocation.uniform,
+        method=Method.rtn,
+        bits=1.8,
+        repair=repair or RepairConfig(),
+        text=TextConfig(evaluate=False),
+    )
 
 
 def routers_of(path: Path) -> dict[str, Tensor]:
@@ -66,10 +84,10 @@ def test_c33_routers_stay_bit_for_bit_unless_they_are_repaired(
     source: Source, tmp_path: Path
 ) -> None:
     original = routers_of(source.path)
-    plain, _ = compressed(source, settings(bits=1.8), tmp_path / "plain")
+    plain, _ = compressed(source, quick(), tmp_path / "plain")
     assert original.keys() == routers_of(plain).keys()
     assert all(torch.equal(routers_of(plain)[name], part) for name, part in original.items())
-    fit = settings(bits=1.8, repair=RepairConfig(rule=Repair.topk_mse))
+    fit = quick(RepairConfig(rule=Repair.topk_mse))
     fitted, report = compressed(source, fit, tmp_path / "fitted")
     assert report["repair"].keys() == {"0", "1"}
     for row in report["repair"].values():
@@ -81,9 +99,9 @@ def test_c33_routers_stay_bit_for_bit_unless_they_are_repaired(
 def test_cross_entropy_changes_the_routers_alone_and_never_for_the_worse(
     source: Source, tmp_path: Path
 ) -> None:
-    plain, _ = compressed(source, settings(bits=1.8), tmp_path / "plain")
+    plain, _ = compressed(source, quick(), tmp_path / "plain")
     config = RepairConfig(rule=Repair.cross_entropy, rate=3e-3, epochs=2)
-    path, report = compressed(source, settings(bits=1.8, repair=config), tmp_path / "trained")
+    path, report = compressed(source, quick(config), tmp_path / "trained")
     found = report["repair"]
     assert found["loss_after"] < found["loss_before"]
     before = weights(restore_model(open_checkpoint(str(plain)), device=torch.device("cpu")))
