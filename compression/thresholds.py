@@ -220,19 +220,23 @@ def _one_ratio(layer: LayerThresholds, mu: float) -> LayerRule:
 
 def _solve(found: Sequence[LayerThresholds], keep: float) -> list[int]:
     """Return the level of every layer."""
-    budget = int(keep * sum(layer.pairs for layer in found))
+    pairs = sum(layer.pairs for layer in found)
+    budget = int(keep * pairs + 1e-6)  # 0.29 * 100 is 28.999...
     least = sum(min(layer.level_kept) for layer in found)
     if least > budget:
-        pairs = sum(layer.pairs for layer in found)
         raise ConfigError(
             f"prune.keep is {keep:g}, but the largest expert of every token, and all of protected "
             f"tokens, are {least / pairs:.4g} of all activations already; raise it"
         )
-    unit = -(-budget // _UNITS)  # rounded up, so that the sum of rounded parts keeps to the budget
-    weights = [[-(-kept // unit) for kept in layer.level_kept] for layer in found]
+    # what a layer keeps beyond its least, in units rounded up, so that the sum keeps to the budget
+    room = budget - least
+    unit = max(1, -(-room // _UNITS))
+    weights = [
+        [-(-(kept - min(layer.level_kept)) // unit) for kept in layer.level_kept] for layer in found
+    ]
     errors = [layer.level_error for layer in found]
     # among equal errors the later option wins: fewer experts
-    return solve_knapsack(errors, weights, budget // unit)
+    return solve_knapsack(errors, weights, room // unit)
 
 
 def _watch(stream: BlockStream, block: Block, config: PruneConfig) -> _Seen:

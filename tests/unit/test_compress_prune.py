@@ -350,6 +350,10 @@ def test_the_budget_is_met_at_the_least_error_of_all_choices() -> None:
             a.level_error[a.level_ratio.index(mu)] for a, mu in zip(layers, found, strict=True)
         )
         assert error == pytest.approx(best[0], abs=1e-9)
+    for layer in layers:  # more pairs than the solver has units for, and none to spare
+        layer.pairs, layer.level_kept = 5000001, [5000001 - level for level in range(5)]
+    tight = PruneConfig(rule=PruneRule.budget, keep=3 * 4999997 / (3 * 5000001))
+    assert [rule.ratio[1] for rule in choose_rules(layers, tight).layers] == [0.8, 0.8, 0.8]
     with pytest.raises(ConfigError, match=r"prune\.keep is 0\.01, but the largest expert"):
         choose_rules(layers, PruneConfig(rule=PruneRule.budget, keep=0.01))
 
