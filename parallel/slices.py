@@ -44,7 +44,7 @@ def held_buckets(buckets: Sequence[Bucket]) -> list[int]:
     return [
         index
         for index, bucket in enumerate(buckets)
-        if bucket.label != "expert"
+        if bucket.slots[0].spec.owner == "all"
         and bucket.groups.shard.size == 1
         and bucket.groups.replicate.size > 1
     ]

@@ -61,7 +61,10 @@ class LaneMeter:
         if self._origin is not None:
             groups = self._runtime.groups
             lines = _gather_lines(line, groups)
-            lanes = {"inter": groups.experts.rows, "intra": groups.experts.shard}
+            lanes: dict[Lane, Group] = {
+                "inter": groups.experts.rows,
+                "intra": groups.experts.shard,
+            }
             events = trace_events(line, lines, lanes, self._plan.predicted)
             path = self._folder / "trace" / f"step_{step}_rank_{self._runtime.rank}.json"
             path.parent.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from torch import nn
 
 from gatewise.parallel.buckets import Bucket, make_buckets
 from gatewise.parallel.collectives import NO_GROUP, Group, Traffic
-from gatewise.parallel.dims import Groups, ReduceGroups
+from gatewise.parallel.dims import ExpertGroups, Groups, ReduceGroups
 from gatewise.parallel.parameters import ParameterSpec
 from gatewise.parallel.slices import held_buckets, leftover_ranges, plan_turns
 
@@ -19,7 +19,7 @@ def buckets(shard: int = 1) -> list[Bucket]:
     replicate = Group(None, 0, 2, Traffic())
     dense = ReduceGroups(Group(None, 0, shard, Traffic()) if shard > 1 else NO_GROUP, replicate)
     alone = ReduceGroups(NO_GROUP, NO_GROUP)
-    groups = Groups(NO_GROUP, NO_GROUP, dense, alone, None, 2)
+    groups = Groups(NO_GROUP, ExpertGroups(NO_GROUP), dense, alone, None, 2)
     specs = [spec("embedding", "embedding", (ROWS, ROWS))]
     for block in range(3):
         specs.append(spec(f"blocks.{block}.w", "dense", (ROWS, ROWS)))
@@ -30,7 +30,8 @@ def buckets(shard: int = 1) -> list[Bucket]:
 
 def spec(name: str, label: str, shape: tuple[int, ...]) -> ParameterSpec:
     parameter = nn.Parameter(torch.zeros(shape))
-    return ParameterSpec(name, parameter, label, False, len(shape) > 1, shape)  # type: ignore[arg-type]
+    owner = "expert" if label == "expert" else "all"
+    return ParameterSpec(name, parameter, label, owner, len(shape) > 1, shape)  # type: ignore[arg-type]
 
 
 READY = {f"blocks.{b}.{n}": 3 - b for b in range(3) for n in ("w", "gain", "expert")}
