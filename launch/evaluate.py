@@ -1,5 +1,6 @@
 """`gatewise evaluate`: the loss of a checkpoint on the validation split of a text."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from gatewise.conf.fields import field_table, split_overrides
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
 from gatewise.launch.usage import usage_text
+from gatewise.launch.world import threads_per_rank
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import RunConfig, TrainConfig
 
@@ -78,7 +80,8 @@ def _evaluate(stored: "Stored", weights: Weights, folder: Path) -> Mapping[str, 
 
     config = stored.config
     data = restore_data(stored, folder)
-    with running(ParallelConfig()) as runtime:
+    threads = threads_per_rank(None, 1, os.environ)
+    with running(ParallelConfig(threads=threads)) as runtime:
         evaluation = evaluate(
             restore_model(stored, device=runtime.device, weights=weights),
             data,

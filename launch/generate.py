@@ -1,5 +1,6 @@
 """`gatewise generate`: continue a prompt with a checkpoint, token by token."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
 from gatewise.launch.spawn import peak_rss_mb
 from gatewise.launch.usage import usage_text
+from gatewise.launch.world import threads_per_rank
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import Precision, RunConfig
 
@@ -76,7 +78,8 @@ def _generate(config: GenerateConfig, checkpoint: str) -> Mapping[str, Any]:
         stored = replace(stored, config=replace(stored.config, precision=config.precision))
     tokenizer = restore_tokenizer(stored)
     pieces: list[str] = []
-    with running(ParallelConfig()) as runtime:
+    threads = threads_per_rank(None, 1, os.environ)
+    with running(ParallelConfig(threads=threads)) as runtime:
         model = restore_model(stored, device=runtime.device, weights=weights)
         tally, began = Tally(), time.perf_counter()
         print(config.prompt, end="", flush=True)
