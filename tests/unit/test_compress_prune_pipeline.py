@@ -18,6 +18,7 @@ from gatewise.compression.config import (
     Protect,
     PruneConfig,
     PruneRule,
+    Weights,
 )
 from gatewise.compression.pipeline import Source
 from gatewise.compression.prune_stage import check_prunable
@@ -112,6 +113,11 @@ def test_pruning_is_in_force_in_prefill_and_decode(source: Source, tmp_path: Pat
             routings = model(token_11, cache=cache).routings
             decoded += torch.tensor([int((part.expert_TK >= 0).sum()) for part in routings])
     assert all(30 <= count < 60 for count in decoded.tolist())
+    packed = restore_model(
+        open_checkpoint(str(path)), device=torch.device("cpu"), weights=Weights.packed
+    )
+    with torch.no_grad():
+        assert kept_by_layer(packed, token_BS) == [30 + 6, 30 + 6]
     rules = read_pruning(path)
     assert rules is not None
     assert all(rule.decode_norm > 0 for rule in rules.layers)
