@@ -264,6 +264,21 @@ class Chain:
         self.gradient.fill_(1.0)
         self.expert.start()
 
+    def prepare(self, item: Pass, _blocks: int = 1) -> PreparedPass:
+        """Make a planned pass ready."""
+        return PreparedPass.of(item, self._x_nTD.shape[1], self.gradient.numel())
+
+    def run(self, name: str, item: PreparedPass, recorder: Recorder | None = None) -> Tensor:
+        """Run a pass, "forward" or "backward", and return its result."""
+        return (self.forward if name == "forward" else self.backward)(item, recorder)
+
+    def gradients(self, *, with_sum: bool) -> list[Tensor]:
+        """Return copies of the gradients of the weights, and of the sum over nodes."""
+        found = []
+        if isinstance(self.expert, RealExpert):
+            found += [self.expert.dw_in.clone(), self.expert.dw_out.clone()]
+        return [*found, self.gradient.clone()] if with_sum else found
+
     def forward(self, item: PreparedPass, recorder: Recorder | None = None) -> Tensor:
         """Return the rows that came back, (n, T, D)."""
         steps: dict[str, _Step] = {

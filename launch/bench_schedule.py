@@ -31,6 +31,7 @@ _SUMMARY = """Run the schedules of a layer of experts (forward, backward or both
 emulated nodes with shaped links, in turns, and compare them with what was predicted. Namespaces
 need root; on the loopback there are no links to shape."""
 _LAYER_POLICIES = tuple(name for name in POLICIES if name not in ("whole_block", "paired"))
+_STEP_POLICIES = (*_LAYER_POLICIES, "whole_block")
 _COMPUTES = ("emulated", "real")
 _PASSES = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
 LOOPBACK_LACKS = (
@@ -63,7 +64,9 @@ class ScheduleBenchConfig:
     compute: str = "emulated"  # emulated: the expert sleeps; real: it computes
     device_gmacs: float = 25.0  # 1e9 multiply-adds a second of the emulated device
     passes: str = "both"  # forward, backward, both
-    policies: str = ",".join(_LAYER_POLICIES)
+    blocks: int = 0  # whole blocks of a step, emulated; 0: the layer of experts alone
+    sequences: int = 4  # of a micro-batch, where there are blocks
+    policies: str | None = None  # null: all that apply
     gradient_bytes: int = 0  # of a gradient that is summed in the backward pass
     without_sum: str = ""  # policies that are measured again without that sum
     trials: int = 20  # each runs every policy once
@@ -96,13 +99,35 @@ class ScheduleBenchConfig:
         self._check_tokens()
         parse_links(self.links)
         choices("compute", self.compute, _COMPUTES)
-        choices("policies", self.policies, _LAYER_POLICIES)
+        self._check_blocks()
+        choices("policies", self.policies or "", self.known_policies)
         without = choices("without_sum", self.without_sum, _LAYER_POLICIES)
         if without and not (self.gradient_bytes and self.passes != "forward"):
             raise ValueError(
                 "without_sum names policies, but there is no gradient sum to leave out; set "
                 "gradient_bytes, and passes to backward or both"
             )
+
+    def _check_blocks(self) -> None:
+        if self.blocks < 0 or self.sequences < 1:
+            raise ValueError(
+                f"blocks is {self.blocks} and sequences {self.sequences}; they must be at least 0 "
+                "and 1"
+            )
+        if self.blocks and (self.compute, self.passes, self.gradient_bytes) != (
+            "emulated",
+            "both",
+            0,
+        ):
+            raise ValueError(
+                f"blocks is {self.blocks}; whole blocks have compute=emulated, passes=both and "
+                "gradients of their own (gradient_bytes=0)"
+            )
+
+    @property
+    def known_policies(self) -> tuple[str, ...]:
+        """Policies that apply."""
+        return _STEP_POLICIES if self.blocks else _LAYER_POLICIES
 
     def _check_tokens(self) -> None:
         for tokens in self.token_list():
@@ -252,7 +277,9 @@ def _bench(
     if lacks:
         print(f"  {lacks}")
     computes = choices("compute", config.compute, _COMPUTES)
-    policies = choices("policies", "serial," + config.policies, _LAYER_POLICIES)
+    known_policies = config.known_policies
+    wanted = config.policies or ",".join(known_policies)
+    policies = choices("policies", "serial," + wanted, known_policies)
     settings = Settings(
         size=ChainSize(
             config.nodes,
@@ -273,6 +300,8 @@ def _bench(
         trials=config.trials,
         max_chunks=config.max_chunks,
         timeout=config.timeout,
+        blocks=config.blocks,
+        sequences=config.sequences,
         profiles={} if known is None else {computes[0]: known},
     )
     links = parse_links(config.links) if kind is TestbedKind.namespaces else (UNSHAPED,)
@@ -308,6 +337,8 @@ def _bench(
             "passes": config.passes,
             "trials": config.trials,
             "max_chunks": config.max_chunks,
+            "blocks": config.blocks,
+            "sequences": config.sequences,
         },
         "cpu": cpu_model(),
         "cores": available_cores(),

@@ -3,6 +3,7 @@
 Read `bench_chain.py`, `parallel/schedule/profiler.py` and `moe/planning/policies.py` first.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -121,6 +122,8 @@ def measure_profile(
         largest={"experts": product, "attention": product, "memory": plain},
     )
     probes |= _expert_probes(size, expert, tokens)
+    if isinstance(expert, EmulatedExpert):
+        probes["attention"] = _emulated(probes["attention"], size.device_gmacs)
     meter = Meter(groups.control, lanes)
     costs: dict[str, Cost] = {}
     for name, probe in probes.items():
@@ -164,6 +167,13 @@ def _expert_probes(size: ChainSize, expert: Expert, tokens: int) -> dict[str, Pr
         name: Probe("compute", sizes, prepare)
         for name, prepare in zip(_EXPERT_PARTS, (forward, data, weights), strict=True)
     }
+
+
+def _emulated(probe: Probe, gmacs: float) -> Probe:
+    """Return a computation that sleeps as long as the device of the experts would take."""
+    return Probe(
+        "compute", probe.sizes, lambda size: (size, lambda: time.sleep(size / (gmacs * 1e9)))
+    )
 
 
 def _end(_result: torch.Tensor) -> None:

@@ -82,14 +82,19 @@ def _cell_rows(links: Links, ranks: Sequence[Cell]) -> list[_Row]:
     rows = []
     for index, candidate in enumerate(cell.candidates):
         times, proposal = totals(candidate), candidate.proposal
+        predicted_ms, bound_ms = (
+            cell.blocks * ms for ms in (proposal.predicted_ms, proposal.bound_ms)
+        )
         middle, low, high = median_interval(times)
         speedup, speedup_low, speedup_high = paired_speedup(serial, times)
         passes = {f"{name}_ms": statistics.median(ms) for name, ms in candidate.ms.items()}
         predicted = {
             f"predicted_{name}_ms": proposal.passes[name].total_ms(cell.interference)
+            * cell.blocks
+            / proposal.blocks
             for name in candidate.ms
         }
-        error = proposal.predicted_ms / middle - 1
+        differences = [rank.candidates[index].difference for rank in ranks]
         rows.append(
             {
                 "policy": proposal.policy,
@@ -98,13 +103,14 @@ def _cell_rows(links: Links, ranks: Sequence[Cell]) -> list[_Row]:
                 "inter_mbit": links.inter_mbit,
                 "intra_mbit": links.intra_mbit,
                 "tokens": cell.tokens,
+                "blocks": cell.blocks,
                 "measured_ms": middle,
                 "ci95_ms": [low, high],
                 "least_ms": min(times),
                 "trials_ms": times,
-                "predicted_ms": proposal.predicted_ms,
-                "prediction_error": error,
-                "bound_ms": proposal.bound_ms,
+                "predicted_ms": predicted_ms,
+                "prediction_error": predicted_ms / middle - 1,
+                "bound_ms": bound_ms,
                 "speedup_vs_serial": speedup,
                 "speedup_ci95": [speedup_low, speedup_high],
                 "chunks_forward": proposal.chunks("forward") if "forward" in candidate.ms else 0,
@@ -114,7 +120,7 @@ def _cell_rows(links: Links, ranks: Sequence[Cell]) -> list[_Row]:
                 "gradient_bytes": candidate.gradient_bytes,
                 "inter_bytes": candidate.sent_bytes["inter"],
                 "intra_bytes": candidate.sent_bytes["intra"],
-                "difference": max(rank.candidates[index].difference for rank in ranks),
+                "difference": max((d for d in differences if d is not None), default=None),
             }
         )
     return rows
@@ -158,9 +164,15 @@ def _print_cell(links: Links, cell: Cell, rows: Sequence[_Row]) -> None:
             f"{row['predicted_ms']:.1f} ({row['prediction_error']:+.1%})",
             f"{row['speedup_vs_serial']:.2f}",
             "{:.2f}-{:.2f}".format(*row["speedup_ci95"]),
-            "equal" if row["difference"] == 0 else f"off {row['difference']:.0e}",
+            _results_text(row["difference"]),
         )
     Console().print(table)
+
+
+def _results_text(difference: float | None) -> str:
+    if difference is None:
+        return "-"
+    return "equal" if difference == 0 else f"off {difference:.0e}"
 
 
 def _draw(folder: RunFolder, name: str, cell: Cell, rows: Sequence[_Row]) -> Path:
@@ -183,8 +195,9 @@ def _draw(folder: RunFolder, name: str, cell: Cell, rows: Sequence[_Row]) -> Pat
 
 
 def _predicted(cell: Cell, candidate: Measured) -> list[Timeline]:
-    passes = candidate.proposal.passes
-    return [passes[name].timeline(cell.interference) for name in candidate.timelines]
+    passes, repeats = candidate.proposal.passes, cell.blocks // candidate.proposal.blocks
+    lines = {name: passes[name].timeline(cell.interference) for name in candidate.timelines}
+    return [line for name in lines for line in [lines[name]] * repeats]
 
 
 def _trace(folder: RunFolder, name: str, ranks: Sequence[Cell], ranks_per_node: int) -> Path:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gatewise.launch.bench_chain import Chain, ChainGroups, PreparedPass, RealExpert
+from gatewise.launch.bench_blocks import Blocks, make_blocks_problem
+from gatewise.launch.bench_chain import Chain, ChainGroups
 from gatewise.launch.chain_profile import (
     NUMBER_BYTES,
     ChainSize,
@@ -30,7 +31,7 @@ from gatewise.launch.chain_profile import (
 from gatewise.launch.testbed import PORT, enter_node
 from gatewise.launch.trials import trial_orders
 from gatewise.launch.world import Place
-from gatewise.moe.planning.policies import Proposal
+from gatewise.moe.planning.policies import Pass, Problem, Proposal
 from gatewise.moe.planning.whole import propose
 from gatewise.parallel.collectives import Group
 from gatewise.parallel.runtime import keep_freed_memory
@@ -41,6 +42,26 @@ from gatewise.parallel.schedule.recorder import Recorder
 from gatewise.parallel.schedule.timeline import Timeline
 
 __all__ = ["Cell", "Measured", "Settings", "Trials", "bench_rank"]
+
+
+class _Work(Protocol):
+    """What the trials run."""
+
+    def start(self) -> None:
+        """Forget all gradients."""
+        ...
+
+    def prepare(self, item: Pass, blocks: int) -> Any:  # its own type, given back to `run`
+        """Make a planned pass, which spans so many blocks, ready."""
+        ...
+
+    def run(self, name: str, item: Any, recorder: Recorder | None = None) -> Tensor:
+        """Run a pass and return its result."""
+        ...
+
+    def gradients(self, *, with_sum: bool) -> list[Tensor]:
+        """Return copies of the gradients of all weights."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +80,8 @@ class Settings:
     trials: int
     max_chunks: int
     timeout: float  # seconds
+    blocks: int = 0  # whole blocks of a step; 0: one layer of experts
+    sequences: int = 1  # of a micro-batch, where there are blocks
     profiles: Mapping[str, Profile] = field(default_factory=dict)  # by compute, measured before
 
 
@@ -71,7 +94,7 @@ class Measured:
     ms: Mapping[str, Sequence[float]]  # of each pass, trial by trial
     timelines: Mapping[str, Timeline]  # of the trial that is nearest to the median
     sent_bytes: Mapping[str, float]  # "inter" and "intra", of this node in a trial
-    difference: float  # of results to the first candidate's, relative to their largest number
+    difference: float | None  # of results to the first candidate's, over their largest number
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +103,7 @@ class Cell:
 
     compute: str
     tokens: int
+    blocks: int
     interference: Interference
     candidates: tuple[Measured, ...]
 
@@ -162,20 +186,58 @@ def _measure(rank: int, settings: Settings, groups: ChainGroups, lanes: ThreadLa
         for tokens in settings.tokens:
             say(f"  {compute} compute, {tokens} rows a rank: planning")
             found = _plan(rank, settings, profiles[compute], tokens)
-            generator = torch.Generator().manual_seed(settings.size.seed + 1000 + rank)
-            shape = (settings.size.nodes, tokens // settings.size.nodes, settings.size.width)
-            chain = Chain(
-                groups,
-                lanes,
-                make_expert(settings.size, compute, tokens, rank),
-                x_nTD=torch.randn(shape, generator=generator),
-                dy_nTD=torch.randn(shape, generator=generator),
-                gradient=settings.gradient_bytes // NUMBER_BYTES,
-            )
-            cell = _CellTrials(settings, groups.control, chain, found, shape[1])
-            measured = cell.run(loads, say)
-            cells.append(Cell(compute, tokens, profiles[compute].interference, measured))
+            work = _make_work(rank, settings, groups, lanes, compute=compute, tokens=tokens)
+            measured = _CellTrials(settings, groups.control, work, found).run(loads, say)
+            blocks = max(1, settings.blocks)
+            disturbed = profiles[compute].interference
+            cells.append(Cell(compute, tokens, blocks, disturbed, measured))
     return Trials(profiles, tuple(cells), tuple(loads))
+
+
+def _make_work(
+    rank: int,
+    settings: Settings,
+    groups: ChainGroups,
+    lanes: ThreadLanes,
+    *,
+    compute: str,
+    tokens: int,
+) -> _Work:
+    """Return what the trials run."""
+    size = settings.size
+    if settings.blocks:
+        return Blocks(groups, lanes, size, settings.blocks)
+    generator = torch.Generator().manual_seed(size.seed + 1000 + rank)
+    shape = (size.nodes, tokens // size.nodes, size.width)
+    return Chain(
+        groups,
+        lanes,
+        make_expert(size, compute, tokens, rank),
+        x_nTD=torch.randn(shape, generator=generator),
+        dy_nTD=torch.randn(shape, generator=generator),
+        gradient=settings.gradient_bytes // NUMBER_BYTES,
+    )
+
+
+def _problem(settings: Settings, profile: Profile, tokens: int, gradient_bytes: int) -> Problem:
+    """Return what the policies are asked."""
+    if settings.blocks:
+        return make_blocks_problem(
+            settings.size,
+            profile,
+            tokens=tokens,
+            blocks=settings.blocks,
+            sequences=settings.sequences,
+            max_chunks=settings.max_chunks,
+        )
+    return make_problem(
+        settings.size,
+        profile,
+        tokens=tokens,
+        gradient_bytes=gradient_bytes,
+        max_chunks=settings.max_chunks,
+        passes=settings.passes,
+    )
 
 
 def _plan(
@@ -187,17 +249,7 @@ def _plan(
     plans: list[Any] = [None]  # broadcast_object_list takes any objects
     if rank == 0:
         plans[0] = [
-            propose(
-                policy,
-                make_problem(
-                    settings.size,
-                    profile,
-                    tokens=tokens,
-                    gradient_bytes=gradient,
-                    max_chunks=settings.max_chunks,
-                    passes=settings.passes,
-                ),
-            )
+            propose(policy, _problem(settings, profile, tokens, gradient))
             for policy, gradient in wanted
         ]
     dist.broadcast_object_list(plans, src=0)
@@ -211,15 +263,13 @@ class _CellTrials:
         self,
         settings: Settings,
         control: Group,
-        chain: Chain,
+        work: _Work,
         plans: Sequence[tuple[Proposal, int]],
-        rows: int,
     ) -> None:
-        self._settings, self._control, self._chain = settings, control, chain
+        self._settings, self._control, self._work = settings, control, work
         self._plans = plans
-        gradient = settings.gradient_bytes // NUMBER_BYTES
         self._prepared = [
-            {name: PreparedPass.of(plan.passes[name], rows, gradient) for name in settings.passes}
+            {name: work.prepare(plan.passes[name], plan.blocks) for name in settings.passes}
             for plan, _ in plans
         ]
         self._recorder = Recorder()
@@ -228,7 +278,8 @@ class _CellTrials:
         """Warm up, compare results, and run the trials."""
         count = len(self._plans)
         wanted = self._results(0)
-        differences = [0.0] + [_difference(self._results(i), wanted) for i in range(1, count)]
+        differences = [_difference(wanted, wanted)]
+        differences += [_difference(self._results(i), wanted) for i in range(1, count)]
         del wanted
         ms: list[dict[str, list[float]]] = [
             {n: [] for n in self._settings.passes} for _ in self._plans
@@ -267,11 +318,10 @@ class _CellTrials:
 
     def _once(self, index: int, name: str) -> tuple[float, float, Timeline]:
         """Run one pass of a candidate; return when it began and ended, and its timeline."""
-        run = self._chain.forward if name == "forward" else self._chain.backward
-        self._chain.start()
+        self._work.start()
         dist.barrier(self._control.handle)
         began = time.perf_counter()
-        run(self._prepared[index][name], self._recorder)
+        self._work.run(name, self._prepared[index][name], self._recorder)
         ended = time.perf_counter()
         return began, ended, self._recorder.drain(began)
 
@@ -279,16 +329,10 @@ class _CellTrials:
         """Return what a candidate computes."""
         results = []
         for name in self._settings.passes:
-            run = self._chain.forward if name == "forward" else self._chain.backward
-            self._chain.start()
+            self._work.start()
             dist.barrier(self._control.handle)
-            results.append(run(self._prepared[index][name]))
-        expert = self._chain.expert
-        if isinstance(expert, RealExpert):
-            results += [expert.dw_in.clone(), expert.dw_out.clone()]
-        if self._plans[index][1]:
-            results.append(self._chain.gradient.clone())
-        return results
+            results.append(self._work.run(name, self._prepared[index][name]))
+        return results + self._work.gradients(with_sum=self._plans[index][1] > 0)
 
     def _slowest(self, ms: list[dict[str, list[float]]]) -> list[dict[str, list[float]]]:
         """Return the times of the slowest rank, trial by trial."""
@@ -305,14 +349,18 @@ def _nearest_to_median(ms: Mapping[str, Sequence[float]]) -> int:
     return min(range(len(totals)), key=lambda trial: abs(totals[trial] - middle))
 
 
-def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float | None:
     """Return the largest difference, as a share of the largest number; 0 where bits are equal.
 
     What only one of them has, a summed gradient, is not compared.
     """
     return max(
-        float((x - y).abs().max() / y.abs().max().clamp(min=1e-30))
-        for x, y in zip(found, wanted, strict=False)
+        (
+            float((x - y).abs().max() / y.abs().max().clamp(min=1e-30))
+            for x, y in zip(found, wanted, strict=False)
+            if y.numel()
+        ),
+        default=None,
     )
 
 

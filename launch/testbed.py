@@ -25,7 +25,7 @@ from gatewise.parallel.errors import ConfigError
 __all__ = ["PORT", "UNSHAPED", "Links", "Testbed", "enter_node", "missing_for_namespaces"]
 
 PORT = "gw0"  # name of every node's port
-_BURST = "128kb"  # passes at once after a pause
+_BURST = "72kb"  # passes at once after a pause; a packet of 64 kB must fit
 _QUEUE = "16mb"
 _MTU = 9000  # large packets: fewer of them, less work for the processor
 _NAMES = re.compile(r"^gw(\d+)x\w+$")

@@ -4,7 +4,7 @@ Read `policies.py` first. Within one layer the staged order is nearly the best w
 as long as a scatter; what is left is the gap between the last gather and the first scatter, the
 filling and draining of the pipeline, and weight gradients that make rows wait. The search starts
 from the best interleaved plans, tries all of these around them, and ends with swaps of neighbours
-in a lane as long as these help.
+in a lane and with larger and smaller chunks, as long as these help.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,6 +32,8 @@ _STARTS = 3  # best (degree, window) pairs that are looked at closely
 _EXHAUSTIVE = 3  # chunks up to which every order of a pair of stages is tried
 _SWAPS = 200  # predictions of the last phase
 _SMALL = 0.5  # size of a small first or last chunk beside the others
+_SIZES = (0.6, 0.85, 1.2, 1.6)  # of a chunk beside what it was, in the last phase
+_RESIZES = 400  # predictions of that
 
 
 def search_passes(problem: Problem) -> dict[str, Pass]:
@@ -53,7 +55,7 @@ def _search(problem: Problem, name: str) -> Pass:
     near = [start[3] for start in starts[:_STARTS]]
     for _, chunks, window, _best in starts[:_STARTS]:
         near += _variants(problem, name, chunks, window)
-    return _swap(best_pass(near, problem.interference), problem)
+    return _swap(_resize(_swap(best_pass(near, problem.interference), problem), problem), problem)
 
 
 def _lagged(base: Pass, name: str) -> Iterator[Pass]:
@@ -118,6 +120,28 @@ def _swap(start: Pass, problem: Problem) -> Pass:
             if ms < least * (1 - 1e-6):
                 best, least, improved = candidate, ms, True
                 break
+    return best
+
+
+def _resize(start: Pass, problem: Problem) -> Pass:
+    """Make single chunks larger or smaller while that shortens the prediction."""
+    best, least = start, start.total_ms(problem.interference)
+    chunks = start.plan.chunks
+    left = _RESIZES if chunks > 1 else 0
+    improved = True
+    while improved and left > 0:
+        improved = False
+        for chunk, size in product(range(chunks), _SIZES):
+            left -= 1
+            if left <= 0:
+                break
+            weights = list(best.plan.shares or [1.0 / chunks] * chunks)
+            weights[chunk] *= size
+            shares = tuple(weight / sum(weights) for weight in weights)
+            candidate = Pass(best.graph, replace(best.plan, shares=shares), best.amounts)
+            ms = candidate.total_ms(problem.interference)
+            if ms < least * (1 - 1e-6):
+                best, least, improved = candidate, ms, True
     return best
 
 

@@ -58,6 +58,16 @@ def test_nodes_of_one_rank_have_nothing_to_gather(tmp_path: Path) -> None:
     assert "gather_grad:0" not in Path(result["traces"][0]).read_text()
 
 
+def test_whole_blocks_run_with_every_policy(tmp_path: Path) -> None:
+    small = ["width=8", "expert_width=16", "device_gmacs=0.01", "trials=2", "max_chunks=2"]
+    policies = "policies=fsmoe,whole_block"
+    result = bench(tmp_path, "tokens=32", "blocks=2", "sequences=2", policies, *small)
+    assert [row["policy"] for row in result["rows"]] == ["serial", "fsmoe", "whole_block"]
+    assert all(row["difference"] is None for row in result["rows"])
+    trace = Path(result["traces"][0]).read_text()
+    assert "1.dispatch_grad:0" in trace  # of the second block
+
+
 def _profile(rank: int, world: int) -> None:
     group = Group.of(dist.group.WORLD)
     lanes = ThreadLanes()

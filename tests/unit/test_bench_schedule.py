@@ -70,6 +70,8 @@ def problem(**changes: Any) -> Problem:
         ("compute=fast", "compute has 'fast'; it takes emulated, real"),
         ("policies=fsmo", "policies has 'fsmo'; did you mean 'fsmoe'?; it takes serial"),
         ("policies=whole_block", "policies has 'whole_block'"),
+        ("blocks=2 compute=real", "blocks is 2; whole blocks have compute=emulated"),
+        ("blocks=-1", "blocks is -1 and sequences 4; they must be at least 0 and 1"),
         ("passes=all", "passes is 'all'; it must be one of forward, backward, both"),
         ("gradient_bytes=3", "gradient_bytes is 3; it must be a multiple of 4"),
         ("without_sum=fsmoe", "there is no gradient sum to leave out"),
@@ -79,7 +81,7 @@ def problem(**changes: Any) -> Problem:
 )
 def test_a_mistake_is_one_line_with_the_field(argument: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_settings(ScheduleBenchConfig, [argument])
+        load_settings(ScheduleBenchConfig, argument.split())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
