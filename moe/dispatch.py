@@ -15,6 +15,8 @@ Shapes:  T tokens of a chunk   K experts per token   N pairs that are kept   E e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -71,12 +73,17 @@ class Piece:
     expert_TK: Tensor  # of these tokens; int64 in [0, E), -1 marks a dropped pair
 
 
-def cut_pieces(expert_TK: Tensor, chunks: int) -> list[Piece]:
-    """Cut a layer's tokens into `chunks` ranges of nearly equal length; some may be empty."""
+def cut_pieces(expert_TK: Tensor, cuts: int | Sequence[Fraction]) -> list[Piece]:
+    """Cut a layer's tokens into ranges; some may be empty.
+
+    Args:
+        expert_TK: of these tokens.
+        cuts: number of ranges of nearly equal length, or the part of the tokens at which each ends.
+    """
     tokens = expert_TK.shape[0]
-    ends = [tokens * (index + 1) // chunks for index in range(chunks)]
-    cuts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    return [Piece(cut, expert_TK[cut]) for cut in cuts]
+    ends = [Fraction(i + 1, cuts) for i in range(cuts)] if isinstance(cuts, int) else cuts
+    places = [0, *(tokens * end.numerator // end.denominator for end in ends)]
+    return [Piece(slice(*cut), expert_TK[slice(*cut)]) for cut in pairwise(places)]
 
 
 class Dispatcher(Protocol):
@@ -84,6 +91,7 @@ class Dispatcher(Protocol):
 
     num_local: int  # e
     first_expert: int  # global index of this rank's first expert
+    is_sharded: bool  # whether other ranks hold parts of the same experts
 
     def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
         """Sort the pairs of each piece and agree with the other ranks on sizes, once for all.
@@ -124,6 +132,7 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_local = num_experts
         self.first_expert = 0
+        self.is_sharded = False
 
     def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
         """Sort the pairs of each piece; on a GPU the host waits only where pairs may be dropped."""
@@ -193,6 +202,7 @@ class AllToAllDispatcher:
         self.first_expert = rows.rank * self.num_local
         self.groups = groups
         self.group = rows
+        self.is_sharded = groups.shard.size > 1
 
     def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
         """Sort the pairs of each piece and exchange all counts in one collective."""

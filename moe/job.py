@@ -59,3 +59,9 @@ class Job:
 
     def __post_init__(self) -> None:
         assert self.sinks is None or self.gradient_scale == 1.0
+        if self.schedule.is_sharded != self.dispatcher.is_sharded:
+            raise ValueError(
+                f"the ranks of a node {'' if self.dispatcher.is_sharded else 'do not '}split the "
+                "width of this layer's experts, but its schedule is of a layer of the other kind; "
+                f"make it with is_sharded={self.dispatcher.is_sharded}"
+            )

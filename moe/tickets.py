@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gatewise.moe.dispatch import Piece, Ticket
+from gatewise.moe.dispatch import Piece, Ticket, cut_pieces
 from gatewise.parallel.schedule.plan import Plan
 
 __all__ = ["Chunk", "Part", "PassPieces", "PassTickets", "chunk_ends"]
@@ -90,13 +90,7 @@ class PassPieces:
 
     def cut(self, expert_TK: Tensor) -> list[Piece]:
         """Return all ranges to prepare tickets for; some may be empty."""
-        tokens = expert_TK.shape[0]
-        found = []
-        for ends in self._lists:
-            places = [0, *(tokens * end.numerator // end.denominator for end in ends)]
-            cuts = [slice(start, end) for start, end in pairwise(places)]
-            found += [Piece(cut, expert_TK[cut]) for cut in cuts]
-        return found
+        return [piece for ends in self._lists for piece in cut_pieces(expert_TK, ends)]
 
     def tickets(self, prepared: Sequence[Ticket]) -> PassTickets:
         """Return the chunks of both passes.

@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch.distributed as dist
-
 from gatewise.parallel.schedule.plan import LANES, Lane, Plan, StageGraph, Task
 from gatewise.parallel.schedule.recorder import Mark, Recorder
 
@@ -43,6 +41,8 @@ class LaneError(RuntimeError):
     @staticmethod
     def of(task: Task, lane: Lane, error: BaseException) -> "LaneError":
         """Describe what went wrong in a task."""
+        import torch.distributed as dist  # here, so that plans can be checked without torch
+
         rank = dist.get_rank() if dist.is_initialized() else 0
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return LaneError(f"rank {rank}, lane {lane}, task {task}: {reason}")

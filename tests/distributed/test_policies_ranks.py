@@ -14,8 +14,9 @@ from gatewise.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.layer import MoELayer
 from gatewise.moe.planning.stated import STATED_POLICIES, stated_schedule
-from gatewise.moe.stages import BACKWARD, FORWARD, Schedule
-from gatewise.parallel.collectives import Group
+from gatewise.moe.stages import Schedule, backward_graph, forward_graph
+from gatewise.parallel.config import ParallelConfig
+from gatewise.parallel.dims import ExpertGroups, make_groups
 from gatewise.parallel.schedule.executor import Execution
 from gatewise.parallel.schedule.lanes import ThreadLanes
 from gatewise.parallel.schedule.plan import serial_plan, staged_plan
@@ -32,18 +33,18 @@ CASES = {  # tokens of each rank, and whether all choose the same two experts
 }
 
 
-def schedules() -> Iterator[tuple[str, Schedule, bool]]:
+def schedules(is_sharded: bool) -> Iterator[tuple[str, Schedule, bool]]:
     """Yield schedules, and whether they only reorder what two serial chunks do."""
     for policy in STATED_POLICIES:
-        yield policy, stated_schedule(policy, 2, 2), True
-        yield f"{policy}, 3 and 2", stated_schedule(policy, 3, 2), False
-    uneven = [
-        replace(staged_plan(graph, 3), shares=shares)
-        for graph, shares in ((FORWARD, (0.2, 0.5, 0.3)), (BACKWARD, (0.4, 0.2, 0.4)))
-    ]
-    yield "unequal", Schedule(*uneven), False
-    late = [*(s.name for s in BACKWARD.stages if s.name != "experts_weights"), "experts_weights"]
-    yield "weights last", Schedule(serial_plan(FORWARD), staged_plan(BACKWARD, 3, late)), False
+        yield policy, stated_schedule(policy, 2, 2, is_sharded=is_sharded), True
+        yield f"{policy}, 3, 2", stated_schedule(policy, 3, 2, is_sharded=is_sharded), False
+    graphs = forward_graph(is_sharded=is_sharded), backward_graph(is_sharded=is_sharded)
+    forward = replace(staged_plan(graphs[0], 3), shares=(0.2, 0.5, 0.3))
+    backward = replace(staged_plan(graphs[1], 3), shares=(0.4, 0.2, 0.4))
+    yield "unequal", Schedule(forward, backward, *graphs), False
+    names = [stage.name for stage in graphs[1].stages if stage.name != "experts_weights"]
+    late = staged_plan(graphs[1], 3, [*names, "experts_weights"])
+    yield "weights last", Schedule(serial_plan(graphs[0]), late, *graphs), False
 
 
 def whole_layer(activation: Activation, skewed: bool) -> MoELayer:
@@ -61,15 +62,27 @@ def whole_layer(activation: Activation, skewed: bool) -> MoELayer:
     return layer.double()
 
 
-def spread(whole: MoELayer, group: Group) -> MoELayer:
+def spread(whole: MoELayer, groups: ExpertGroups) -> MoELayer:
     """Return this rank's part of the layer."""
-    dispatcher = AllToAllDispatcher(EXPERTS, group)
-    first, local = dispatcher.first_expert, dispatcher.num_local
-    experts = GroupedExperts(local, HIDDEN, WIDTH, whole.experts.activation, first_expert=first)
-    experts = experts.double()
-    experts.w_in_eGD.data.copy_(whole.experts.w_in_eGD[first : first + local])
-    experts.w_out_eDF.data.copy_(whole.experts.w_out_eDF[first : first + local])
+    dispatcher = AllToAllDispatcher(EXPERTS, groups)
+    experts = GroupedExperts(
+        dispatcher.num_local,
+        HIDDEN,
+        WIDTH,
+        whole.experts.activation,
+        first_expert=dispatcher.first_expert,
+        shard=groups.shard.rank,
+        shards=groups.shard.size,
+    ).double()
+    for name in ("w_in_eGD", "w_out_eDF"):
+        getattr(experts, name).data.copy_(part_of(experts, name, getattr(whole.experts, name)))
     return MoELayer(copy.deepcopy(whole.router), experts, dispatcher)
+
+
+def part_of(experts: GroupedExperts, name: str, whole: Tensor) -> Tensor:
+    """Return this rank's part of a weight of all experts, or of its gradient."""
+    mine = whole[experts.first_expert : experts.first_expert + experts.num_local]
+    return experts.part_of(name, mine)
 
 
 def passes(layer: MoELayer, x_TD: Tensor, mix_TD: Tensor) -> dict[str, Tensor]:
@@ -80,8 +93,9 @@ def passes(layer: MoELayer, x_TD: Tensor, mix_TD: Tensor) -> dict[str, Tensor]:
     return dict(zip(("y", "x", *names), (y_TD.detach(), *gradients), strict=True))
 
 
-def _is_the_serial_layer(rank: int, world: int) -> None:
-    group = Group.of(dist.group.WORLD)
+def _is_the_serial_layer(rank: int, world: int, shards: int) -> None:
+    config = ParallelConfig(ranks=world, expert=world // shards, expert_shard=shards)
+    groups = make_groups(config).experts
     lanes = ThreadLanes()
     for number, (case, (shares, skewed)) in enumerate(CASES.items()):
         activation = list(Activation)[number]
@@ -93,18 +107,12 @@ def _is_the_serial_layer(rank: int, world: int) -> None:
             x_TD[:, 0] = 1.0
         whole = whole_layer(activation, skewed)
         want = passes(whole, x_TD, mix_TD)
-        layer = spread(whole, group)
+        layer = spread(whole, groups)
         start = sum(shares[:rank])
         mine = slice(start, start + shares[rank])
-        first = layer.dispatcher.first_expert
-        here = {"y": mine, "x": mine} | {
-            name: slice(first, first + layer.experts.num_local)
-            for name in want
-            if name.startswith("experts")
-        }
-        layer.schedule = Schedule.serial(2)
+        layer.schedule = Schedule.serial(2, is_sharded=shards > 1)
         in_two = passes(layer, x_TD[mine], mix_TD[mine])
-        for name, schedule, reorders in schedules():
+        for name, schedule, reorders in schedules(shards > 1):
             layer.schedule = schedule
             for execution in (Execution(lanes), Execution()):
                 layer.execution = execution
@@ -114,8 +122,10 @@ def _is_the_serial_layer(rank: int, world: int) -> None:
                     assert all(same), f"bits of {name}, {case}"
             for key, value in have.items():
                 expected = want[key]
-                if key in here:
-                    expected = expected[here[key]]
+                if key in ("y", "x"):
+                    expected = expected[mine]
+                elif key.startswith("experts."):
+                    expected = part_of(layer.experts, key.removeprefix("experts."), expected)
                 else:
                     dist.all_reduce(value)
                 assert value.shape == expected.shape
@@ -127,6 +137,6 @@ def _is_the_serial_layer(rank: int, world: int) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world", [2, 4])
-def test_all_policies_give_the_serial_layers_outputs_and_gradients(world: int) -> None:
-    run_ranks(_is_the_serial_layer, world)
+@pytest.mark.parametrize(("world", "shards"), [(2, 1), (2, 2), (4, 1), (4, 2)])
+def test_all_policies_give_the_serial_layers_outputs_and_gradients(world: int, shards: int) -> None:
+    run_ranks(_is_the_serial_layer, world, (shards,))

@@ -120,7 +120,7 @@ def test_c26_the_largest_weight_stays_whatever_the_threshold(router: RouterConfi
     if renormalises(layer):
         weight_T1 = before.weight_TK.sum(1, keepdim=True)
     layer.prune = None
-    one_TD = layer._compute(x_TD, weight_T1, top_T1, may_drop=False)
+    one_TD = layer._compute(x_TD, weight_T1, top_T1, may_drop=False, layer=0)
     layer.prune = pruner(layer, ratio_rule(math.inf, math.inf))
     torch.testing.assert_close(layer(x_TD, RoutingContext(), 0)[0], one_TD)
 
@@ -350,8 +350,9 @@ def test_the_budget_is_met_at_the_least_error_of_all_choices() -> None:
             a.level_error[a.level_ratio.index(mu)] for a, mu in zip(layers, found, strict=True)
         )
         assert error == pytest.approx(best[0], abs=1e-9)
-    for layer in layers:  # more pairs than the solver has units for, and none to spare
-        layer.pairs, layer.level_kept = 5000001, [5000001 - level for level in range(5)]
+    for found_layer in layers:  # more pairs than the solver has units for, and none to spare
+        found_layer.pairs = 5000001
+        found_layer.level_kept = [5000001 - level for level in range(5)]
     tight = PruneConfig(rule=PruneRule.budget, keep=3 * 4999997 / (3 * 5000001))
     assert [rule.ratio[1] for rule in choose_rules(layers, tight).layers] == [0.8, 0.8, 0.8]
     with pytest.raises(ConfigError, match=r"prune\.keep is 0\.01, but the largest expert"):
