@@ -404,7 +404,8 @@ def parameter_specs(model: Decoder) -> list[ParameterSpec]:
                 shape = (num_experts, *module.whole_shape(name))
                 owner, spans = "expert", (module.span(name),)
             elif isinstance(module, Attention):
-                shape, owner, spans = module.whole_shape(name), "tensor", module.spans(name)
+                shape, spans = module.whole_shape(name), module.spans(name)
+                owner = "tensor" if spans else "all"
             specs.append(
                 ParameterSpec(
                     f"{module_name}.{name}" if module_name else name,
