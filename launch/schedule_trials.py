@@ -295,6 +295,7 @@ class _CellTrials:
                     began, ended, line = self._once(index, name)
                     ms[index][name].append(1e3 * (ended - began))
                     lines[index][-1][name] = line
+                dist.barrier(self._control.handle)  # the node's other ranks have sent all as well
                 after = _sent_bytes()
                 sent[index].append({link: after[link] - before[link] for link in after})
             if (trial + 1) % 5 == 0:
