@@ -58,8 +58,9 @@ def moe_compute(
             f"the tokens are {x_TD.dtype} and the experts' weights {w_in_eGD.dtype} and "
             f"{w_out_eDF.dtype}; cast one of them, or use torch.autocast"
         )
+    tickets = job.tickets or _prepare(job)
     result: Tensor = _MoECompute.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        x_TD, weight_TK, w_in_eGD, w_out_eDF, job
+        x_TD, weight_TK, w_in_eGD, w_out_eDF, job, tickets
     )
     return result
 
@@ -69,9 +70,14 @@ class _MoECompute(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes operands by position
-        ctx: Any, x_TD: Tensor, weight_TK: Tensor, w_in_eGD: Tensor, w_out_eDF: Tensor, job: Job
+        ctx: Any,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        w_in_eGD: Tensor,
+        w_out_eDF: Tensor,
+        job: Job,
+        tickets: PassTickets,
     ) -> Tensor:
-        tickets = job.tickets or _prepare(job)
         forward = ForwardPass(job, tickets, x_TD, weight_TK, (w_in_eGD, w_out_eDF))
         y_TD = forward.run()
         ctx.job, ctx.tickets = job, tickets
@@ -101,15 +107,15 @@ class _MoECompute(torch.autograd.Function):
             weights=(w_in_eGD, w_out_eDF),
             need_dx=ctx.needs_input_grad[0],
         )
-        return *backward.run(), None
+        return *backward.run(), None, None
 
 
 def _prepare(job: Job) -> PassTickets:
-    """Exchange counts and make the tickets of both passes."""
+    """Exchange counts and make the tickets of the passes that there will be."""
     recorder, moves = job.execution.recorder, not isinstance(job.dispatcher, LocalDispatcher)
     watch = recorder.communication("exchange_counts") if recorder and moves else nullcontext()
     with record_function("moe.prepare"):
-        pieces = PassPieces.of(job.schedule.forward, job.schedule.backward)
+        pieces = PassPieces.of(job.schedule)
         cut = pieces.cut(job.expert_TK)
         with watch:
             prepared = job.dispatcher.prepare(cut, may_drop=job.may_drop)

@@ -214,7 +214,9 @@ class AllToAllDispatcher:
             totals_PCP = sent_PCe.sum(2).T.expand(size, -1, -1)
             message_PCe = torch.cat((sent_PCe, totals_PCP), 2)
         # every rank that holds a part of an expert needs its counts
-        message_QCe = message_PCe.repeat_interleave(shards, 0)
+        message_QCe = message_PCe
+        if shards > 1:
+            message_QCe = message_PCe.repeat_interleave(shards, 0)
         with record_function("moe.exchange_counts"):
             received_QCe = exchange_ints(message_QCe, self.groups.everyone)
         # The one host synchronisation: the collectives need sizes as host integers.

@@ -70,7 +70,7 @@ def plan_tickets(
         same = route.expert_LTK.shape[0] == 1
         keys.append([])
         for layer, schedule in enumerate(schedules):
-            cuts = PassPieces.of(schedule.forward, schedule.backward)
+            cuts = PassPieces.of(schedule)
             key = (number, 0 if same else layer, cuts)
             keys[-1].append(key)
             if key not in places:

@@ -26,8 +26,6 @@ from gatewise.parallel.schedule.plan import Lane, Plan, Stage, StageGraph, seria
 __all__ = [
     "BACKWARD",
     "FORWARD",
-    "SHARDED_BACKWARD",
-    "SHARDED_FORWARD",
     "Schedule",
     "backward_graph",
     "forward_graph",
@@ -87,8 +85,7 @@ def _chain(rows: Iterable[tuple[str, Lane]], is_sharded: bool) -> Iterable[Stage
             before = (name,)
 
 
-FORWARD, SHARDED_FORWARD = forward_graph(), forward_graph(is_sharded=True)
-BACKWARD, SHARDED_BACKWARD = backward_graph(), backward_graph(is_sharded=True)
+FORWARD, BACKWARD = forward_graph(), backward_graph()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gatewise.moe.dispatch import Piece, Ticket, cut_pieces
+from gatewise.moe.stages import Schedule
 from gatewise.parallel.schedule.plan import Plan
 
 __all__ = ["Chunk", "Part", "PassPieces", "PassTickets", "chunk_ends"]
@@ -74,9 +75,11 @@ class PassPieces:
     backward: tuple[Fraction, ...]
 
     @staticmethod
-    def of(forward: Plan, backward: Plan) -> "PassPieces":
-        """Return the cuts of two plans."""
-        return PassPieces(chunk_ends(forward), chunk_ends(backward))
+    def of(schedule: Schedule) -> "PassPieces":
+        """Return the cuts of both plans; without gradients no backward pass follows."""
+        forward = chunk_ends(schedule.forward)
+        has_backward = torch.is_grad_enabled()
+        return PassPieces(forward, chunk_ends(schedule.backward) if has_backward else forward)
 
     @property
     def between(self) -> tuple[Fraction, ...]:
@@ -109,7 +112,7 @@ class PassPieces:
                 for index, ticket in enumerate(found[self.forward])
             )
             return PassTickets(whole, whole, len(whole))
-        count_ASe = torch.stack([_counts(ticket) for ticket in found[self.between]])
+        count_ASe = _counts(found[self.between])
         chunks = {
             ends: [
                 _in_parts(ticket, members, count_ASe)
@@ -130,11 +133,16 @@ class PassPieces:
         return PassTickets(tuple(chunks[self.forward]), tuple(backward), len(self.between))
 
 
-def _counts(ticket: Ticket) -> Tensor:
-    """Return the rows (S, e) of each local expert by source, on the host."""
-    if ticket.count_Se is not None:
-        return ticket.count_Se
-    return ticket.end_e.diff(prepend=ticket.end_e.new_zeros(1)).long().cpu().unsqueeze(0)
+def _counts(tickets: Sequence[Ticket]) -> Tensor:
+    """Return the rows (A, S, e) of each piece and local expert by source, on the host.
+
+    Where nothing was exchanged they come from the device: the one wait of the host for it.
+    """
+    known = [ticket.count_Se for ticket in tickets if ticket.count_Se is not None]
+    if len(known) == len(tickets):
+        return torch.stack(known)
+    end_Ae = torch.stack([ticket.end_e for ticket in tickets]).cpu().long()
+    return end_Ae.diff(prepend=end_Ae.new_zeros(len(tickets), 1)).unsqueeze(1)
 
 
 def _members(between: Sequence[Fraction], ends: Sequence[Fraction]) -> list[range]:

@@ -24,7 +24,6 @@ __all__ = [
     "ShardSum",
     "Traffic",
     "exchange_ints",
-    "gather_ints",
     "gather_uneven",
     "reduce_scatter_sum",
 ]
@@ -165,17 +164,6 @@ def _sum_in_order(parts_PRD: Tensor) -> Tensor:
     for part_RD in others:
         total_RD += part_RD
     return total_RD.to(first_RD.dtype)
-
-
-def gather_ints(values: Tensor, group: Group) -> Tensor:
-    """All-gather an integer tensor: (...) on each rank to (size, ...) on all."""
-    if group.handle is None:
-        return values.unsqueeze(0)
-    gathered = values.new_empty((group.size * values.numel(),))
-    group.traffic.calls += 1
-    group.traffic.sent_bytes += values.numel() * values.element_size() * (group.size - 1)
-    dist.all_gather_single(gathered, values.contiguous().view(-1), group=group.handle)
-    return gathered.view(group.size, *values.shape)
 
 
 def exchange_ints(values: Tensor, group: Group) -> Tensor:

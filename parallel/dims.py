@@ -65,11 +65,6 @@ class Groups:
     tensor_data: ReduceGroups = ReduceGroups(NO_GROUP, NO_GROUP)  # of attention heads
 
     @property
-    def expert(self) -> Group:
-        """The ranks among which rows travel to experts."""
-        return self.experts.rows
-
-    @property
     def readers(self) -> int:
         """How many groups of ranks read different sequences."""
         return self.ranks // self.tensor.size
@@ -92,7 +87,11 @@ def make_groups(config: ParallelConfig) -> Groups:
     timeout = timedelta(seconds=config.timeout)
     everyone = [list(range(ranks))]
     same_experts = [list(range(p, ranks, config.expert_ranks)) for p in range(config.expert_ranks)]
-    same_heads = [list(range(t, ranks, config.tensor)) for t in range(config.tensor)]
+    tensor_data = ReduceGroups(NO_GROUP, NO_GROUP)
+    if config.tensor > 1:  # else attention is summed with everything else
+        same_heads = [list(range(t, ranks, config.tensor)) for t in range(config.tensor)]
+        heads_shard = max(1, config.shard // config.tensor)
+        tensor_data = _reduce_groups(same_heads, heads_shard, timeout)
     return Groups(
         control=_group(everyone, timeout),
         experts=_expert_groups(config, timeout),
@@ -103,7 +102,7 @@ def make_groups(config: ParallelConfig) -> Groups:
         checkpoint=dist.new_group(backend="gloo", timeout=timeout),
         ranks=ranks,
         tensor=_group(_runs(everyone[0], config.tensor), timeout),
-        tensor_data=_reduce_groups(same_heads, max(1, config.shard // config.tensor), timeout),
+        tensor_data=tensor_data,
     )
 
 

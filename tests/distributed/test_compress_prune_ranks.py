@@ -4,23 +4,18 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import nn
+from spread_layers import HIDDEN, spread, whole_layer
 
 from gatewise.compression.config import Protect, PruneRule
 from gatewise.compression.protection import Protection
 from gatewise.compression.pruning import LayerPruner, LayerRule
-from gatewise.moe.config import Activation
-from gatewise.moe.dispatch import AllToAllDispatcher, LocalDispatcher, Piece, Ticket
-from gatewise.moe.experts import GroupedExperts
-from gatewise.moe.layer import MoELayer
+from gatewise.moe.dispatch import AllToAllDispatcher, Piece, Ticket
 from gatewise.parallel.config import ParallelConfig
-from gatewise.parallel.dims import Groups, make_groups
+from gatewise.parallel.dims import make_groups
 from gatewise.routers.api import RoutingContext
-from gatewise.routers.config import RouterConfig
-from gatewise.routers.router import ComposedRouter
 from ranks import run_ranks
 
-HIDDEN, WIDTH, EXPERTS, TOP_K = 8, 6, 8, 3
+TOP_K = 3
 
 
 class CountingDispatcher(AllToAllDispatcher):
@@ -34,27 +29,6 @@ class CountingDispatcher(AllToAllDispatcher):
         return tickets
 
 
-def whole_layer() -> MoELayer:
-    torch.manual_seed(3)
-    layer = MoELayer(
-        ComposedRouter(HIDDEN, EXPERTS, TOP_K, RouterConfig()),
-        GroupedExperts(EXPERTS, HIDDEN, WIDTH, Activation.swiglu),
-        LocalDispatcher(EXPERTS),
-    )
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return layer.double().eval()
-
-
-def spread(whole: MoELayer, groups: Groups) -> MoELayer:
-    dispatcher = CountingDispatcher(EXPERTS, groups.expert)
-    first, number = dispatcher.first_expert, dispatcher.num_local
-    experts = GroupedExperts(number, HIDDEN, WIDTH, Activation.swiglu, first_expert=first).double()
-    experts.w_in_eGD.data.copy_(whole.experts.w_in_eGD[first : first + number])
-    experts.w_out_eDF.data.copy_(whole.experts.w_out_eDF[first : first + number])
-    return MoELayer(whole.router, experts, dispatcher).eval()
-
-
 def pruner(mu: float) -> LayerPruner:
     rule = LayerRule(0, 0.0, ratio=(0.0, mu, mu))
     protection = Protection(Protect.l1, 0.2, 512, 0.0)
@@ -64,8 +38,8 @@ def pruner(mu: float) -> LayerPruner:
 @torch.no_grad()
 def check(rank: int, world: int) -> None:
     groups = make_groups(ParallelConfig(ranks=world, expert=world))
-    whole = whole_layer()
-    layer = spread(whole, groups)
+    whole = whole_layer(top_k=TOP_K).eval()
+    layer = spread(whole, groups.experts, CountingDispatcher).eval()
     dispatcher = layer.dispatcher
     assert isinstance(dispatcher, CountingDispatcher)
     generator = torch.Generator().manual_seed(rank)

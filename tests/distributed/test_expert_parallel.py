@@ -8,25 +8,28 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from spread_layers import (
+    EXPERTS,
+    HIDDEN,
+    WIDTH,
+    assert_near,
+    part_of,
+    passes,
+    spread,
+    whole_layer,
+)
 
 from gatewise.moe import MoE
-from gatewise.moe.config import Activation
-from gatewise.moe.dispatch import AllToAllDispatcher, LocalDispatcher
-from gatewise.moe.experts import GroupedExperts
-from gatewise.moe.layer import MoELayer
 from gatewise.moe.stages import Schedule, backward_graph, forward_graph
 from gatewise.parallel.config import ParallelConfig
-from gatewise.parallel.dims import Groups, make_groups
+from gatewise.parallel.dims import make_groups
 from gatewise.parallel.schedule.executor import Execution
 from gatewise.parallel.schedule.lanes import ThreadLanes
 from gatewise.parallel.schedule.plan import serial_plan, staged_plan
-from gatewise.routers.api import RoutingContext
 from gatewise.routers.config import BalanceScope, RouterConfig
-from gatewise.routers.router import ComposedRouter
 from ranks import run_ranks
 
-HIDDEN, WIDTH, EXPERTS, TOP_K = 8, 12, 8, 2
+TOP_K = 2
 SHARES = {  # tokens of each rank, and whether all choose the same experts
     "uneven": ([10, 7, 13, 4], False),
     "one rank has no token": ([9, 0, 5, 6], False),
@@ -49,70 +52,20 @@ def schedules(*, is_sharded: bool = False) -> Iterator[tuple[str, Schedule]]:
     yield "uneven and 1", Schedule(uneven, serial_plan(backward), *graphs)
 
 
-def whole_layer() -> MoELayer:
-    torch.manual_seed(3)
-    layer = MoELayer(
-        ComposedRouter(HIDDEN, EXPERTS, TOP_K, RouterConfig()),
-        GroupedExperts(EXPERTS, HIDDEN, WIDTH, Activation.swiglu),
-        LocalDispatcher(EXPERTS),
-    )
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return layer.double()
-
-
-def spread(whole: MoELayer, groups: Groups) -> MoELayer:
-    """Return this rank's part of the layer."""
-    if groups.experts.size == 1:
-        return copy.deepcopy(whole)
-    dispatcher = AllToAllDispatcher(EXPERTS, groups.experts)
-    mine = slice(dispatcher.first_expert, dispatcher.first_expert + dispatcher.num_local)
-    experts = GroupedExperts(
-        dispatcher.num_local,
-        HIDDEN,
-        WIDTH,
-        Activation.swiglu,
-        first_expert=dispatcher.first_expert,
-        shard=groups.experts.shard.rank,
-        shards=groups.experts.shard.size,
-    ).double()
-    for name, weight in experts.named_parameters():
-        weight.data.copy_(experts.part_of(name, getattr(whole.experts, name)[mine]))
-    return MoELayer(copy.deepcopy(whole.router), experts, dispatcher)  # type: ignore[type-var]
-
-
-def passes(layer: MoELayer, x_TD: Tensor, mix_TD: Tensor) -> dict[str, Tensor]:
-    x_TD = x_TD.clone().requires_grad_()
-    y_TD, _, _ = layer(x_TD, RoutingContext(), 0)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-    gradients = torch.autograd.grad((y_TD * mix_TD).sum(), (x_TD, *parameters))
-    return dict(zip(("y", "x", *names), (y_TD.detach(), *gradients), strict=True))
-
-
-def assert_near(have: Tensor, want: Tensor, what: str) -> None:
-    assert have.shape == want.shape, what
-    if want.numel():
-        error = float((have - want).abs().max()) / max(1.0, float(want.abs().max()))
-        assert error < 1e-10, f"{what} is off by {error:.1e}"
-
-
 def _is_the_one_rank_layer(rank: int, world: int, expert: int, shards: int) -> None:
     groups = make_groups(ParallelConfig(ranks=world, expert=expert, expert_shard=shards))
     for case, (shares, skewed) in SHARES.items():
         generator = torch.Generator().manual_seed(1)
         total = sum(shares[:world])
         x_TD, mix_TD = torch.randn(2, total, HIDDEN, generator=generator, dtype=torch.float64)
-        whole = whole_layer()
         if skewed:
             x_TD[:, 0] = 1.0
-            with torch.no_grad():
-                whole.router.weight[:, 0] = -40.0 * torch.arange(EXPERTS)
-        layer = spread(whole, groups)
+        whole = whole_layer(skewed=skewed)
+        layer = spread(whole, groups.experts)
         layer.execution = Execution(ThreadLanes())
         want = passes(whole, x_TD, mix_TD)
         start = sum(shares[:rank])
         mine = slice(start, start + shares[rank])
-        first = layer.dispatcher.first_expert
         for plan, schedule in schedules(is_sharded=shards > 1):
             layer.schedule = schedule
             have = passes(layer, x_TD[mine], mix_TD[mine])
@@ -121,8 +74,7 @@ def _is_the_one_rank_layer(rank: int, world: int, expert: int, shards: int) -> N
                 if name in ("y", "x"):
                     expected = expected[mine]
                 elif name.startswith("experts"):
-                    expected = expected[first : first + layer.experts.num_local]
-                    expected = layer.experts.part_of(name.rpartition(".")[2], expected)
+                    expected = part_of(layer.experts, name.rpartition(".")[2], expected)
                     if groups.expert_data.replicate.handle is not None:
                         dist.all_reduce(value, group=groups.expert_data.replicate.handle)
                 else:
@@ -266,7 +218,7 @@ def _one_exchange_of_counts(rank: int, world: int) -> None:
     x_TD = torch.randn(10, HIDDEN, dtype=torch.float64)
     for chunks in (1, 3):
         layer.schedule = Schedule.serial(chunks)
-        traffic = groups.expert.traffic
+        traffic = groups.experts.rows.traffic
         calls, sent = traffic.calls, traffic.sent_bytes
         passes(layer, x_TD, x_TD)
         assert traffic.calls - calls == 1 + 4 * chunks  # the counts; two ways, two passes

@@ -328,7 +328,7 @@ def _groups_are(rank: int, world: int) -> None:
     groups = make_groups(ParallelConfig(ranks=world, expert=2, shard=2))
     pair = rank // 2 * 2
     assert members(groups.control) == [0, 1, 2, 3]
-    assert members(groups.expert) == [pair, pair + 1]
+    assert members(groups.experts.rows) == [pair, pair + 1]
     assert members(groups.dense.shard) == [pair, pair + 1]
     assert members(groups.dense.replicate) == [rank % 2, rank % 2 + 2]
     assert members(groups.expert_data.shard) == [rank]
@@ -338,7 +338,7 @@ def _groups_are(rank: int, world: int) -> None:
     assert members(groups.dense.replicate) == [rank]
     assert members(groups.expert_data.shard) == [rank % 2, rank % 2 + 2]
     groups = make_groups(ParallelConfig(ranks=world, expert=4))
-    assert members(groups.expert) == [0, 1, 2, 3]
+    assert members(groups.experts.rows) == [0, 1, 2, 3]
     assert members(groups.expert_data.replicate) == [rank]
     groups = make_groups(
         ParallelConfig(ranks=world, expert=2, expert_shard=2, tensor=2, node=2, dispatch="2dh")

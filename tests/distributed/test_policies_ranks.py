@@ -1,31 +1,23 @@
 """Every policy computes what the serial layer of one rank computes, forward and backward."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from spread_layers import HIDDEN, assert_near, part_of, passes, spread, whole_layer
 
 from gatewise.moe.config import Activation
-from gatewise.moe.dispatch import AllToAllDispatcher, LocalDispatcher
-from gatewise.moe.experts import GroupedExperts
-from gatewise.moe.layer import MoELayer
 from gatewise.moe.planning.stated import STATED_POLICIES, stated_schedule
 from gatewise.moe.stages import Schedule, backward_graph, forward_graph
 from gatewise.parallel.config import ParallelConfig
-from gatewise.parallel.dims import ExpertGroups, make_groups
+from gatewise.parallel.dims import make_groups
 from gatewise.parallel.schedule.executor import Execution
 from gatewise.parallel.schedule.lanes import ThreadLanes
 from gatewise.parallel.schedule.plan import serial_plan, staged_plan
-from gatewise.routers.api import RoutingContext
-from gatewise.routers.config import RouterConfig
-from gatewise.routers.router import ComposedRouter
 from ranks import run_ranks
 
-HIDDEN, WIDTH, EXPERTS, TOP_K = 8, 6, 8, 2
 CASES = {  # tokens of each rank, and whether all choose the same two experts
     "uneven": ([10, 7, 13, 4], False),
     "a rank without tokens": ([9, 0, 5, 6], False),
@@ -47,52 +39,6 @@ def schedules(is_sharded: bool) -> Iterator[tuple[str, Schedule, bool]]:
     yield "weights last", Schedule(serial_plan(graphs[0]), late, *graphs), False
 
 
-def whole_layer(activation: Activation, skewed: bool) -> MoELayer:
-    torch.manual_seed(3)
-    layer = MoELayer(
-        ComposedRouter(HIDDEN, EXPERTS, TOP_K, RouterConfig()),
-        GroupedExperts(EXPERTS, HIDDEN, WIDTH, activation),
-        LocalDispatcher(EXPERTS),
-    )
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    if skewed:
-        with torch.no_grad():
-            layer.router.weight[:, 0] = -40.0 * torch.arange(EXPERTS)
-    return layer.double()
-
-
-def spread(whole: MoELayer, groups: ExpertGroups) -> MoELayer:
-    """Return this rank's part of the layer."""
-    dispatcher = AllToAllDispatcher(EXPERTS, groups)
-    experts = GroupedExperts(
-        dispatcher.num_local,
-        HIDDEN,
-        WIDTH,
-        whole.experts.activation,
-        first_expert=dispatcher.first_expert,
-        shard=groups.shard.rank,
-        shards=groups.shard.size,
-    ).double()
-    for name in ("w_in_eGD", "w_out_eDF"):
-        getattr(experts, name).data.copy_(part_of(experts, name, getattr(whole.experts, name)))
-    return MoELayer(copy.deepcopy(whole.router), experts, dispatcher)
-
-
-def part_of(experts: GroupedExperts, name: str, whole: Tensor) -> Tensor:
-    """Return this rank's part of a weight of all experts, or of its gradient."""
-    mine = whole[experts.first_expert : experts.first_expert + experts.num_local]
-    return experts.part_of(name, mine)
-
-
-def passes(layer: MoELayer, x_TD: Tensor, mix_TD: Tensor) -> dict[str, Tensor]:
-    x_TD = x_TD.clone().requires_grad_()
-    y_TD, _, _ = layer(x_TD, RoutingContext(), 0)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-    gradients = torch.autograd.grad((y_TD * mix_TD).sum(), (x_TD, *parameters))
-    return dict(zip(("y", "x", *names), (y_TD.detach(), *gradients), strict=True))
-
-
 def _is_the_serial_layer(rank: int, world: int, shards: int) -> None:
     config = ParallelConfig(ranks=world, expert=world // shards, expert_shard=shards)
     groups = make_groups(config).experts
@@ -105,7 +51,7 @@ def _is_the_serial_layer(rank: int, world: int, shards: int) -> None:
         )
         if skewed:
             x_TD[:, 0] = 1.0
-        whole = whole_layer(activation, skewed)
+        whole = whole_layer(activation, skewed=skewed)
         want = passes(whole, x_TD, mix_TD)
         layer = spread(whole, groups)
         start = sum(shares[:rank])
@@ -128,11 +74,7 @@ def _is_the_serial_layer(rank: int, world: int, shards: int) -> None:
                     expected = part_of(layer.experts, key.removeprefix("experts."), expected)
                 else:
                     dist.all_reduce(value)
-                assert value.shape == expected.shape
-                if value.numel():
-                    error = float((value - expected).abs().max())
-                    error /= max(1.0, float(expected.abs().max()))
-                    assert error < 1e-10, f"{key} is off by {error:.1e}: {name}, {case}"
+                assert_near(value, expected, f"{key}, {name}, {case}")
     lanes.close()
 
 

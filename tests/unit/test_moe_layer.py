@@ -3,6 +3,7 @@
 import copy
 import io
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -152,6 +153,24 @@ def _slow_case(
     return run_slowly(layer, *tokens(num_tokens))
 
 
+def hold_to_slow_loop(
+    schedules: Mapping[str, Schedule],
+    num_experts: int,
+    top_k: int,
+    activation: Activation,
+    num_tokens: int,
+) -> None:
+    want = _slow_case(num_experts, top_k, activation, num_tokens)
+    layer = make_layer(num_experts, top_k, activation)
+    for name, schedule in schedules.items():
+        layer.schedule = schedule
+        have = run(layer, *tokens(num_tokens))
+        try:
+            assert_equal(have, want, 1e-10)
+        except AssertionError as error:
+            raise AssertionError(f"{activation.name}, {name}") from error
+
+
 @pytest.mark.parametrize(("num_experts", "top_k"), SIZES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 64])
 def test_outputs_and_all_gradients_are_those_of_the_slow_loop(
@@ -161,29 +180,13 @@ def test_outputs_and_all_gradients_are_those_of_the_slow_loop(
     if num_tokens == 64:  # the slow loop takes its time: one kind per size
         kinds = [kinds[(num_experts + top_k) % 3]]
     for activation in kinds:
-        want = _slow_case(num_experts, top_k, activation, num_tokens)
-        layer = make_layer(num_experts, top_k, activation)
-        for name, schedule in SCHEDULES.items():
-            layer.schedule = schedule
-            have = run(layer, *tokens(num_tokens))
-            try:
-                assert_equal(have, want, 1e-10)
-            except AssertionError as error:
-                raise AssertionError(f"{activation.name}, {name}") from error
+        hold_to_slow_loop(SCHEDULES, num_experts, top_k, activation, num_tokens)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 3, 17])
 def test_passes_may_cut_the_tokens_differently(num_tokens: int) -> None:
     for (num_experts, top_k), activation in zip([(5, 3), (8, 2), (2, 2)], Activation, strict=True):
-        want = _slow_case(num_experts, top_k, activation, num_tokens)
-        layer = make_layer(num_experts, top_k, activation)
-        for name, schedule in RECUT.items():
-            layer.schedule = schedule
-            have = run(layer, *tokens(num_tokens))
-            try:
-                assert_equal(have, want, 1e-10)
-            except AssertionError as error:
-                raise AssertionError(f"{activation.name}, {name}") from error
+        hold_to_slow_loop(RECUT, num_experts, top_k, activation, num_tokens)
 
 
 @pytest.mark.parametrize("activation", list(Activation))

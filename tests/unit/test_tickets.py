@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gatewise.moe.dispatch import LocalDispatcher, Piece, Ticket
-from gatewise.moe.stages import BACKWARD, FORWARD
+from gatewise.moe.stages import BACKWARD, FORWARD, Schedule
 from gatewise.moe.tickets import PassPieces, chunk_ends
 from gatewise.parallel.schedule.plan import Plan, StageGraph, staged_plan
 
@@ -16,6 +16,10 @@ def plan(graph: StageGraph, cut: int | tuple[float, ...]) -> Plan:
     if isinstance(cut, int):
         return staged_plan(graph, cut)
     return replace(staged_plan(graph, len(cut)), shares=cut)
+
+
+def cut_by(forward: int | tuple[float, ...], backward: int | tuple[float, ...]) -> PassPieces:
+    return PassPieces.of(Schedule(plan(FORWARD, forward), plan(BACKWARD, backward)))
 
 
 def test_equal_parts_and_shares_end_where_they_say() -> None:
@@ -40,7 +44,7 @@ def test_equal_parts_and_shares_end_where_they_say() -> None:
 def test_the_number_of_pieces_depends_on_the_plans_alone(
     tokens: int, forward: int, backward: int, pieces: int
 ) -> None:
-    cuts = PassPieces.of(plan(FORWARD, forward), plan(BACKWARD, backward))
+    cuts = cut_by(forward, backward)
     cut = cuts.cut(torch.zeros(tokens, 2, dtype=torch.int64))
     assert len(cut) == pieces
     first = [token for piece in cut[: len(cuts.forward)] for token in range(tokens)[piece.tokens]]
@@ -48,11 +52,19 @@ def test_the_number_of_pieces_depends_on_the_plans_alone(
 
 
 def test_equal_cuts_share_their_tickets() -> None:
-    cuts = PassPieces.of(plan(FORWARD, 2), plan(BACKWARD, (0.5, 0.5)))
+    cuts = cut_by(2, (0.5, 0.5))
     expert_TK = torch.tensor([[0], [1], [0], [1]])
     tickets = cuts.tickets(LocalDispatcher(2).prepare(cuts.cut(expert_TK), may_drop=False))
     assert tickets.forward is tickets.backward
     assert [part.piece for chunk in tickets.forward for part in chunk.parts] == [0, 1]
+
+
+def test_no_tickets_are_made_for_a_backward_pass_that_does_not_come() -> None:
+    expert_TK = torch.tensor([[0], [1], [0], [1]])
+    with torch.no_grad():
+        cuts = cut_by(2, 3)
+    assert len(cuts.cut(expert_TK)) == 2
+    assert len(cut_by(2, 3).cut(expert_TK)) == 2 + 3 + 4
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(1, 3), (3, 1), (2, 3), (4, 2), (3, 4)])
@@ -63,7 +75,7 @@ def test_rows_that_came_back_are_found_by_their_pairs(
     generator = torch.Generator().manual_seed(0)
     expert_TK = torch.rand(13, 4, generator=generator).topk(2).indices
     expert_TK[torch.rand(13, 2, generator=generator) < dropped] = -1
-    cuts = PassPieces.of(plan(FORWARD, forward), plan(BACKWARD, backward))
+    cuts = cut_by(forward, backward)
     dispatcher = LocalDispatcher(4)
     tickets = cuts.tickets(dispatcher.prepare(cuts.cut(expert_TK), may_drop=dropped > 0))
     returned = torch.cat(  # the pair of each row that comes back in the forward pass
@@ -118,7 +130,7 @@ def test_both_passes_meet_the_same_rows_in_every_piece(
     expert_STK = torch.rand(3, 11, 5, generator=generator).topk(2, -1).indices
     expert_STK[1:, :, 0] = 4  # most rows are of one expert
     sources = Sources(expert_STK, 5)
-    cuts = PassPieces.of(plan(FORWARD, forward), plan(BACKWARD, backward))
+    cuts = cut_by(forward, backward)
     tickets = cuts.tickets([sources.ticket(piece) for piece in cuts.cut(expert_STK[0])])
     met: dict[int, list[list[tuple[int, int, int, int]]]] = {}
     for chunk in (*tickets.forward, *tickets.backward):
