@@ -36,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recorded import append_record, fill_page, read_records
+
 __all__ = ["METHODS", "Model", "loss_of", "main", "parse_model", "report"]
 
 HERE = Path(__file__).parent
@@ -57,7 +59,6 @@ METHODS: dict[str, tuple[float, ...]] = {
 }
 DEALS = 3  # of the random allocation
 TOKENS = 65536
-_MARKS = ("<!-- results: written by compression.py report -->", "<!-- end of results -->")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def run_missing(output: Path, model: Model) -> None:
     """Compress one model in all ways that are not recorded yet."""
     done = {
         (row["method"], row["bits_target"], row["deal"])
-        for row in read_rows(output)
+        for row in read_records(output)
         if (row["model"], row["model_seed"]) == (model.label, model.seed)
     }
     wanted = [
@@ -101,8 +102,7 @@ def run_missing(output: Path, model: Model) -> None:
             if (method, bits, deal) != ("fisher_global", 2.0, 0):
                 folder = _compress(model, Path(scratch), method, bits, deal, first)
             row = _row(model, method, bits, deal, _report_of(folder))
-            with open(output, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+            append_record(output, row)
             if folder != first:
                 shutil.rmtree(folder)
             print(
@@ -165,13 +165,6 @@ def _row(
         "accuracy_before": scores["accuracy_before"],
         "accuracy_after": scores["accuracy_after"],
     }
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the recorded rows."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def loss_of(
@@ -251,12 +244,6 @@ def _picture(rows: Sequence[Mapping[str, Any]], label: str) -> str:
     )
 
 
-def _filled(page: str, text: str) -> str:
-    before, _, rest = page.partition(_MARKS[0])
-    _, _, after = rest.partition(_MARKS[1])
-    return f"{before}{_MARKS[0]}\n{text}\n{_MARKS[1]}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or report as the command line says and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -271,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model in options.models:
             run_missing(records, model)
         return 0
-    rows = read_rows(records)
+    rows = read_records(records)
     if not rows:
         parser.exit(2, f"{parser.prog}: error: {records} holds no results; `run` comes first\n")
     text = report(rows)
@@ -282,9 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mine = [row for row in rows if row["model"] == label]
         picture = records.with_name(f"{records.stem}_{label}.svg")
         picture.write_text(_picture(mine, label), encoding="utf-8")
-    page = records.with_suffix(".md")
-    if page.exists():
-        page.write_text(_filled(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+    fill_page(records.with_suffix(".md"), "compression.py", text)
     print(text)
     return 0
 

@@ -65,6 +65,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from recorded import append_record, fill_page, read_records
+
 __all__ = ["ARMS", "CONTRASTS", "Contrast", "compare", "holm", "main", "report", "verdict"]
 
 HERE = Path(__file__).parent
@@ -127,7 +129,6 @@ CONTRASTS = (
     ("gru_pregate", "gru"),
     ("bias", "linear"),
 )
-_MARKS = ("<!-- results: written by routers.py report -->", "<!-- end of results -->")
 _SIDE = (
     ("entropy", "gate entropy"),
     ("inner_balance", "inner balance"),
@@ -210,16 +211,9 @@ def run_missing(output: Path, arms: Sequence[str], seeds: Sequence[int]) -> None
                 if (arm, seed, _settings(arm)) in _keys(read_records(output)):
                     continue
                 record = pool.submit(run_one, arm, seed).result()
-                _append(output, json.dumps(record))
+                append_record(output, record)
                 loss, seconds = record["val_loss"], record["cpu_seconds"]
                 print(f"{arm} seed {seed}: {loss:.4f}, {seconds:.0f} s", flush=True)
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line, also behind one that a kill tore."""
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(("\n" if torn else "") + line + "\n")
 
 
 def run_one(arm: str, seed: int) -> dict[str, Any]:
@@ -266,15 +260,6 @@ def run_one(arm: str, seed: int) -> dict[str, Any]:
     }
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records; a last line that a kill tore is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
 def report(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
     """Return the analysis as a dict and its tables as Markdown.
 
@@ -310,13 +295,6 @@ def verdict(contrast: Contrast) -> str:
         return f"{pair}no difference shown; the data fit one {span}."
     word = "better" if contrast.mean < 0 else "worse"
     return f"{pair}{word}, {span} (Holm-adjusted p {contrast.p_adjusted:.3f})."
-
-
-def _filled(page: str, text: str) -> str:
-    """Put the results between their marks."""
-    before, _, rest = page.partition(_MARKS[0])
-    _, _, after = rest.partition(_MARKS[1])
-    return f"{before}{_MARKS[0]}\n{text}\n{_MARKS[1]}{after}"
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -399,9 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found, text = report(read_records(options.records))
         path = options.records.with_suffix(".json")
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        page = options.records.with_suffix(".md")
-        if page.exists():
-            page.write_text(_filled(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+        fill_page(options.records.with_suffix(".md"), "routers.py", text)
         print(text)
     return 0
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatewise.conf.compose import load_settings
 from gatewise.conf.fields import field_table
-from gatewise.launch.bench_layer import split
+from gatewise.launch.lists import split_list
 from gatewise.launch.machine import available_cores, cpu_features, cpu_model
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
@@ -60,7 +60,7 @@ class KernelBenchConfig:
         if self.experts < self.top_k:
             raise ValueError(f"experts is {self.experts}; it must be at least top_k ({self.top_k})")
         for name, parse in (("bits", _width), ("layer_bits", _width), ("threads", _threads)):
-            found = split(getattr(self, name), name, parse, allowed=_ALLOWED[name])
+            found = _split(getattr(self, name), name, parse)
             if not found and name != "layer_bits":
                 raise ValueError(f"{name} is empty; give at least one value")
 
@@ -91,6 +91,10 @@ def run(overrides: Sequence[str]) -> int:
     return run_session("bench kernels", folder, lambda: _measure(config))
 
 
+def _split(text: str, name: str, parse: Callable[[str], int]) -> list[int]:
+    return split_list(text, name, parse, allowed=_ALLOWED[name])
+
+
 def _width(text: str) -> int:
     if int(text) not in _BITS:
         raise ValueError(text)
@@ -116,7 +120,7 @@ def _measure(config: KernelBenchConfig) -> dict[str, Any]:
             f"{config.rows}x{config.columns}",
             lambda: matrix_candidates(
                 (config.rows, config.columns),
-                split(config.bits, "bits", _width),
+                _split(config.bits, "bits", _width),
                 group=config.group,
                 footprint=footprint,
                 seed=config.seed,
@@ -129,7 +133,7 @@ def _measure(config: KernelBenchConfig) -> dict[str, Any]:
                 f"layer {config.hidden}x{config.expert_width}, {config.experts} top-{config.top_k}",
                 lambda: layer_candidates(
                     (config.hidden, config.expert_width, config.experts, config.top_k),
-                    split(config.layer_bits, "layer_bits", _width),
+                    _split(config.layer_bits, "layer_bits", _width),
                     group=config.group,
                     footprint=footprint,
                     seed=config.seed,
@@ -140,7 +144,7 @@ def _measure(config: KernelBenchConfig) -> dict[str, Any]:
     try:
         for shape, build in shapes:
             candidates = build()
-            for threads in split(config.threads, "threads", _threads):
+            for threads in _split(config.threads, "threads", _threads):
                 torch.set_num_threads(threads)
                 for cache in ("cold", "hot"):
                     found = _time(candidates, cache, config)

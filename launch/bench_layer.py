@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from gatewise.conf.compose import load_settings
 from gatewise.conf.fields import field_table, nearest
+from gatewise.launch.lists import split_list
 from gatewise.launch.machine import available_cores, cpu_features, cpu_model
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
@@ -84,9 +85,9 @@ class LayerBenchConfig:
             ("activations", _activation),
             ("threads", _threads),
         ):
-            if not split(getattr(self, name), name, parse) and name != "skewed":
+            if not _split(getattr(self, name), name, parse) and name != "skewed":
                 raise ValueError(f"{name} is empty; give at least one value")
-        for experts, _ in split(self.skewed, "skewed", _shape):
+        for experts, _ in _split(self.skewed, "skewed", _shape):
             if self.skew > experts:
                 raise ValueError(f"skew is {self.skew}; with {experts} experts it is at most that")
 
@@ -110,28 +111,8 @@ def run(overrides: Sequence[str]) -> int:
     return run_session("bench layer", folder, lambda: _measure(config, names, folder))
 
 
-def split(
-    text: str, name: str, parse: Callable[[str], _Item], *, allowed: str | None = None
-) -> list[_Item]:
-    """Return the parsed parts of a list written with commas.
-
-    Args:
-        text: the list.
-        name: of the field.
-        parse: raises KeyError or ValueError for what the field does not take.
-        allowed: what it takes, in words; None: what this benchmark's field of that name does.
-
-    Raises:
-        ValueError: naming the field and the part.
-    """
-    items = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            items.append(parse(part))
-        except (KeyError, ValueError):
-            takes = allowed or _ALLOWED[name]
-            raise ValueError(f"{name} has {part!r}; it takes {takes}") from None
-    return items
+def _split(text: str, name: str, parse: Callable[[str], _Item]) -> list[_Item]:
+    return split_list(text, name, parse, allowed=_ALLOWED[name])
 
 
 _ALLOWED = {
@@ -193,19 +174,19 @@ def _candidates(peers: str) -> list[str]:
 def _points(config: LayerBenchConfig) -> list[dict[str, Any]]:
     """Return the cells in the order in which they are measured."""
     points = []
-    for dtype in split(config.dtypes, "dtypes", _dtype):
-        for threads in split(config.threads, "threads", _threads):
+    for dtype in _split(config.dtypes, "dtypes", _dtype):
+        for threads in _split(config.threads, "threads", _threads):
             common = {"dtype": dtype, "threads": threads}
-            for experts, top_k in split(config.cells, "cells", _shape):
+            for experts, top_k in _split(config.cells, "cells", _shape):
                 shape = {"experts": experts, "top_k": top_k}
                 points += [
                     {**shape, "activation": activation.value, **common, "skew": 1.0}
-                    for activation in split(config.activations, "activations", _activation)
+                    for activation in _split(config.activations, "activations", _activation)
                 ]
             points += [
                 {"experts": experts, "top_k": top_k, "activation": "swiglu", **common}
                 | {"skew": config.skew}
-                for experts, top_k in split(config.skewed, "skewed", _shape)
+                for experts, top_k in _split(config.skewed, "skewed", _shape)
             ]
     return points
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gatewise.conf.compose import load_settings
-from gatewise.conf.fields import field_table, nearest
+from gatewise.conf.fields import field_table
+from gatewise.launch.lists import split_list
 from gatewise.launch.machine import available_cores, cpu_model
 from gatewise.launch.run_folder import RunFolder, writable
 from gatewise.launch.session import run_session
@@ -34,7 +35,7 @@ _LAYER_POLICIES = tuple(name for name in POLICIES if name not in ("whole_block",
 _STEP_POLICIES = (*_LAYER_POLICIES, "whole_block")
 _COMPUTES = ("emulated", "real")
 _PASSES = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
-LOOPBACK_LACKS = (
+_LOOPBACK_LACKS = (
     "on the loopback all ranks share one unshaped link: neither the overlap of links within nodes "
     "and between them nor speed-ups on slow links can be shown"
 )
@@ -98,10 +99,11 @@ class ScheduleBenchConfig:
             raise ValueError(f"passes is {self.passes!r}; it must be one of {', '.join(_PASSES)}")
         self._check_tokens()
         parse_links(self.links)
-        choices("compute", self.compute, _COMPUTES)
+        if not _choices("compute", self.compute, _COMPUTES):
+            raise ValueError("compute is empty; give emulated, real or both")
         self._check_blocks()
-        choices("policies", self.policies or "", self.known_policies)
-        without = choices("without_sum", self.without_sum, _LAYER_POLICIES)
+        _choices("policies", self.policies or "", self.known_policies)
+        without = _choices("without_sum", self.without_sum, _LAYER_POLICIES)
         if without and not (self.gradient_bytes and self.passes != "forward"):
             raise ValueError(
                 "without_sum names policies, but there is no gradient sum to leave out; set "
@@ -147,25 +149,18 @@ class ScheduleBenchConfig:
         Raises:
             ValueError: naming what is no number.
         """
-        parts = [part.strip() for part in self.tokens.split(",") if part.strip()]
-        if not parts or not all(part.isdigit() for part in parts):
-            raise ValueError(f"tokens is {self.tokens!r}; it takes whole numbers, as 2048,4096")
-        return tuple(map(int, parts))
+        allowed = "whole numbers, as 2048,4096"
+        found = split_list(self.tokens, "tokens", int, allowed=allowed)
+        if not found:
+            raise ValueError("tokens is empty; give at least one number of rows")
+        return tuple(found)
 
 
-def choices(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    """Return the parts of a list written with commas, each once.
-
-    Raises:
-        ValueError: naming the field and the part that is not allowed.
-    """
-    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    for part in parts:
-        if part not in allowed:
-            raise ValueError(
-                f"{name} has {part!r}{nearest(part, allowed)}; it takes {', '.join(allowed)}"
-            )
-    return parts
+def _choices(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    """Return the parts of a list, each of them one of `allowed`."""
+    known = {choice: choice for choice in allowed}
+    words = ", ".join(allowed)
+    return tuple(split_list(text, name, known.__getitem__, allowed=words, names=allowed))
 
 
 def parse_links(text: str) -> tuple[Links, ...]:
@@ -177,50 +172,57 @@ def parse_links(text: str) -> tuple[Links, ...]:
     Raises:
         ValueError: naming the part.
     """
-
-    def mbit(part: str) -> float | None:
-        if part == "unshaped":
-            return None
-        value = float(part)
-        if not 0 < value < float("inf"):
-            raise ValueError(part)
-        return value
-
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        inter, slash, intra = part.partition("/")
-        try:
-            if part != "unshaped" and not slash:
-                raise ValueError(part)
-            found.append(Links(mbit(inter), mbit(intra)) if slash else UNSHAPED)
-        except ValueError:
-            raise ValueError(
-                f"links has {part!r}; it takes Mbit/s between nodes / within one, as 400/1600, or "
-                "unshaped"
-            ) from None
+    allowed = "Mbit/s between nodes / within one, as 400/1600, or unshaped"
+    found = split_list(text, "links", _links, allowed=allowed)
     if not found:
         raise ValueError("links is empty; give Mbit/s between nodes / within one, or unshaped")
     return tuple(found)
+
+
+def _links(text: str) -> Links:
+    if text == "unshaped":
+        return UNSHAPED
+    inter, slash, intra = text.partition("/")
+    if not slash:
+        raise ValueError(text)
+    return Links(_mbit(inter), _mbit(intra))
+
+
+def _mbit(text: str) -> float | None:
+    if text == "unshaped":
+        return None
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
 
 
 def choose_testbed(config: ScheduleBenchConfig) -> tuple[TestbedKind, str]:
     """Return where ranks run, and what that cannot show.
 
     Raises:
-        ConfigError: if namespaces are asked for and cannot be made, or the loopback is to be
-            shaped.
+        ConfigError: if namespaces are asked for and cannot be made.
     """
-    missing = missing_for_namespaces()
     kind = config.testbed
+    missing = missing_for_namespaces()
     if kind is TestbedKind.namespaces and missing:
         raise ConfigError(
             f"testbed is namespaces, but making them needs {missing}; run as root where `ip` and "
             "`tc` are installed, or use testbed=loopback"
         )
-    if kind is TestbedKind.namespaces or (kind is TestbedKind.auto and not missing):
-        return TestbedKind.namespaces, ""
-    why = f"no namespaces without {missing}; " if kind is TestbedKind.auto else ""
-    return TestbedKind.loopback, why + LOOPBACK_LACKS
+    if kind is TestbedKind.loopback:
+        return kind, _LOOPBACK_LACKS
+    why = f"without {missing}"
+    if not missing:
+        try:
+            with Testbed(2, UNSHAPED):  # root in a container may not have the right to
+                return TestbedKind.namespaces, ""
+        except ConfigError as error:
+            if kind is TestbedKind.namespaces:
+                raise
+            why = f"here ({error})"
+    ignored = f"links={config.links} is left out" if config.links != "unshaped" else "unshaped"
+    return TestbedKind.loopback, f"no namespaces {why}; {ignored}; {_LOOPBACK_LACKS}"
 
 
 def usage(arguments: Sequence[str]) -> str:
@@ -276,10 +278,10 @@ def _bench(
     print("gatewise bench schedule:", folder.path)
     if lacks:
         print(f"  {lacks}")
-    computes = choices("compute", config.compute, _COMPUTES)
+    computes = _choices("compute", config.compute, _COMPUTES)
     known_policies = config.known_policies
     wanted = config.policies or ",".join(known_policies)
-    policies = choices("policies", "serial," + wanted, known_policies)
+    policies = _choices("policies", "serial," + wanted, known_policies)
     settings = Settings(
         size=ChainSize(
             config.nodes,
@@ -295,7 +297,7 @@ def _bench(
         computes=computes,
         passes=_PASSES[config.passes],
         policies=policies,
-        without_sum=choices("without_sum", config.without_sum, _LAYER_POLICIES),
+        without_sum=_choices("without_sum", config.without_sum, _LAYER_POLICIES),
         gradient_bytes=config.gradient_bytes if config.passes != "forward" else 0,
         trials=config.trials,
         max_chunks=config.max_chunks,

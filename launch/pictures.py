@@ -187,13 +187,7 @@ def lines(
             f'<text x="{left + span + 16}" y="{top + 12 + 18 * index}" fill="{colour}">'
             f"{escape(label)}</text>",
         ]
-    middle = (top + bottom) / 2
-    parts += [
-        f'<text x="{left + span / 2}" y="{bottom + 40}" text-anchor="middle">'
-        f"{escape(x_label)}</text>",
-        f'<text transform="translate({left - 52},{middle}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>",
-    ]
+    parts += _axis_labels(x_label, y_label, left=left, top=top, span=span, tall=tall)
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -262,14 +256,20 @@ def scatter(title: str, series: Sequence[Series], *, x_label: str, y_label: str)
             f'stroke-dasharray="{dashes or "none"}"/>',
             f'<text x="{left + span + 38}" y="{y}" fill="{colour}">{escape(one.label)}</text>',
         ]
-    middle = (top + bottom) / 2
-    parts += [
-        f'<text x="{left + span / 2}" y="{bottom + 40}" text-anchor="middle">'
-        f"{escape(x_label)}</text>",
-        f'<text transform="translate({left - 56},{middle}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>",
-    ]
+    parts += _axis_labels(x_label, y_label, left=left, top=top, span=span, tall=tall)
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _axis_labels(
+    x_label: str, y_label: str, *, left: float, top: float, span: float, tall: float
+) -> list[str]:
+    """Return what the axes of a frame are, below it and at its left."""
+    return [
+        f'<text x="{left + span / 2}" y="{top + tall + 40}" text-anchor="middle">'
+        f"{escape(x_label)}</text>",
+        f'<text transform="translate({left - 56},{top + tall / 2}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y_label)}</text>',
+    ]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -5,6 +5,7 @@ run the same plans. Each trial runs every candidate once; a pass lasts as long a
 rank. Results are compared with those of the first candidate.
 """
 
+import math
 import os
 import signal
 import statistics
@@ -246,14 +247,14 @@ def _plan(
     """Return the plans of rank 0, with the bytes of the gradient sum in each."""
     wanted = [(policy, settings.gradient_bytes) for policy in settings.policies]
     wanted += [(policy, 0) for policy in settings.without_sum]
-    plans: list[Any] = [None]  # broadcast_object_list takes any objects
-    if rank == 0:
-        plans[0] = [
-            propose(policy, _problem(settings, profile, tokens, gradient))
-            for policy, gradient in wanted
-        ]
-    dist.broadcast_object_list(plans, src=0)
-    return [(plan, gradient) for plan, (_, gradient) in zip(plans[0], wanted, strict=True)]
+    plans = []
+    for policy, gradient in wanted:  # the others wait for one plan at a time
+        plan: list[Any] = [None]  # broadcast_object_list takes any objects
+        if rank == 0:
+            plan[0] = propose(policy, _problem(settings, profile, tokens, gradient))
+        dist.broadcast_object_list(plan, src=0)
+        plans.append((plan[0], gradient))
+    return plans
 
 
 class _CellTrials:
@@ -278,8 +279,7 @@ class _CellTrials:
         """Warm up, compare results, and run the trials."""
         count = len(self._plans)
         wanted = self._results(0)
-        differences = [_difference(wanted, wanted)]
-        differences += [_difference(self._results(i), wanted) for i in range(1, count)]
+        differences = [_difference(self._results(i), wanted) for i in range(count)]
         del wanted
         ms: list[dict[str, list[float]]] = [
             {n: [] for n in self._settings.passes} for _ in self._plans
@@ -324,7 +324,10 @@ class _CellTrials:
         began = time.perf_counter()
         self._work.run(name, self._prepared[index][name], self._recorder)
         ended = time.perf_counter()
-        return began, ended, self._recorder.drain(began)
+        # ranks leave the barrier one after the other; their lines start with the first of them
+        origin = torch.tensor(began, dtype=torch.float64)
+        dist.all_reduce(origin, dist.ReduceOp.MIN, group=self._control.handle)
+        return began, ended, self._recorder.drain(float(origin))
 
     def _results(self, index: int) -> list[Tensor]:
         """Return what a candidate computes."""
@@ -353,16 +356,15 @@ def _nearest_to_median(ms: Mapping[str, Sequence[float]]) -> int:
 def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float | None:
     """Return the largest difference, as a share of the largest number; 0 where bits are equal.
 
-    What only one of them has, a summed gradient, is not compared.
+    It is infinite where a number is not finite. What only one of them has, a summed gradient, is
+    not compared.
     """
-    return max(
-        (
-            float((x - y).abs().max() / y.abs().max().clamp(min=1e-30))
-            for x, y in zip(found, wanted, strict=False)
-            if y.numel()
-        ),
-        default=None,
-    )
+    shares = []
+    for x, y in zip(found, wanted, strict=False):
+        if y.numel():
+            share = float((x - y).abs().max() / y.abs().max().clamp(min=1e-30))
+            shares.append(share if math.isfinite(share) else math.inf)  # max() would lose a NaN
+    return max(shares, default=None)
 
 
 def _sent_bytes() -> dict[str, float]:

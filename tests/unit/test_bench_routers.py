@@ -1,32 +1,25 @@
 """The routers' experiment: its statistics on numbers that are known."""
 
-import importlib.util
 import json
 import math
 import random
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from gatewise.conf.compose import load_train_config
 
 pytest.importorskip("scipy", reason="the experiment's statistics need scipy")
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "routers.py"
+MARK = "<!-- results: written by routers.py report -->"
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_routers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_routers"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("routers")
 
 
 def record(bench: ModuleType, arm: str, seed: int, loss: float) -> dict[str, Any]:
@@ -129,9 +122,9 @@ def test_the_report_replaces_the_results_of_the_page_only(
     losses = {"gru": (2.0, 2.1, 2.3), "np": (2.1, 2.0, 2.2)}
     for arm, values in losses.items():
         for seed, loss in enumerate(values):
-            bench._append(path, json.dumps(record(bench, arm, seed, loss)))
+            bench.append_record(path, record(bench, arm, seed, loss))
     page = tmp_path / "routers.md"
-    page.write_text("above\n{}\nold\n{}\nbelow\n".format(*bench._MARKS))
+    page.write_text(f"above\n{MARK}\nold\n<!-- end of results -->\nbelow\n")
     for _ in range(2):
         assert bench.main(["--records", str(path), "report"]) == 0
     text = page.read_text()

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from gatewise.moe.planning.policies import Problem
 from gatewise.moe.planning.whole import propose
 from gatewise.parallel.errors import ConfigError
 from gatewise.parallel.schedule.cost import Cost, Interference
-from gatewise.parallel.schedule.drift import Drift
-from gatewise.parallel.schedule.plan import Task
 from gatewise.parallel.schedule.profiles import OPERATIONS, Layout, Profile, write_profile
 
 SIZE = ChainSize(2, 2, 256, 1024, 25.0)
@@ -64,7 +61,9 @@ def problem(**changes: Any) -> Problem:
         ("links=400/", "links has '400/'; it takes"),
         ("links=-1/5", "links has '-1/5'; it takes"),
         ("links=,", "links is empty"),
-        ("tokens=x", "tokens is 'x'; it takes whole numbers"),
+        ("tokens=x", "tokens has 'x'; it takes whole numbers"),
+        ("tokens=,", "tokens is empty; give at least one number of rows"),
+        ("compute=,", "compute is empty; give emulated, real or both"),
         ("tokens=4097", "tokens has 4097; it must be a multiple of nodes (2)"),
         ("tokens=8", "max_chunks is 8, but only 4 of 8 rows go to each of 2 nodes"),
         ("compute=fast", "compute has 'fast'; it takes emulated, real"),
@@ -110,7 +109,28 @@ def test_namespaces_without_root_are_a_mistake_and_auto_says_what_is_missing(
     assert said.count("\n") == 1
     kind, lacks = choose_testbed(ScheduleBenchConfig())
     assert kind is TestbedKind.loopback
-    assert lacks.startswith("no namespaces without root; on the loopback ")
+    assert lacks.startswith("no namespaces without root; links=400/1600 is left out; on the ")
+
+
+def test_auto_takes_the_loopback_where_root_may_not_make_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*command: str) -> None:
+        raise ConfigError(f"`{' '.join(command[:3])}` failed")
+
+    monkeypatch.setattr(bench_schedule, "missing_for_namespaces", lambda: "")
+    monkeypatch.setattr(testbed, "_run", refused)
+    kind, lacks = choose_testbed(ScheduleBenchConfig())
+    assert kind is TestbedKind.loopback
+    assert lacks.startswith("no namespaces here (`ip netns add` failed); links=400/1600 is left")
+    with pytest.raises(ConfigError, match="`ip netns add` failed"):
+        choose_testbed(ScheduleBenchConfig(testbed=TestbedKind.namespaces))
+
+
+def test_lists_take_each_part_once() -> None:
+    config = ScheduleBenchConfig(tokens="2048,4096,2048")
+    assert config.token_list() == (2048, 4096)
+    assert len(parse_links("400/1600,unshaped,400/1600")) == 2
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,32 +189,6 @@ def test_a_speedup_is_of_pairs_from_one_trial() -> None:
     assert middle == low == high == 2.0
 
 
-def test_drift_needs_a_row_of_steps_that_are_off() -> None:
-    drift = Drift(tolerance=0.1, patience=3)
-    steps = [(100, 115), (100, 80), (100, 105), (100, 111), (100, 89), (100, 120), (100, 120)]
-    assert [drift.observe(*step) for step in steps] == [
-        False,
-        False,
-        False,
-        False,
-        False,
-        True,
-        False,
-    ]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Drift(tolerance=0), "tolerance is 0; it must be above 0"),
-        (lambda: Drift(patience=0), "patience is 0; it must be at least 1"),
-    ],
-)
-def test_drift_checks_its_settings(make: Callable[[], Drift], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 def test_serial_is_predicted_as_the_sum_of_all_work() -> None:
     proposal = propose("serial", problem())
     costs = profile().costs
@@ -223,9 +217,8 @@ def test_rows_and_gradients_are_cut_without_gaps() -> None:
             assert prepared.cuts[0].start == 0
             assert prepared.cuts[-1].stop == 2048
         pieces = sorted((piece.start, piece.stop) for piece in prepared.slices.values())
-        assert pieces[0][0] == 0
+        assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])]
         assert pieces[-1][1] == gradient
-        assert all(isinstance(task, Task) for task in prepared.slices)
     assert not PreparedPass.of(propose("fsmoe", problem()).passes["backward"], 64, 0).slices
 
 

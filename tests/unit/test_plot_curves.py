@@ -1,29 +1,21 @@
 """The picture of training curves: what is read from the records and where it is drawn."""
 
-import importlib.util
 import itertools
 import json
 import re
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plot_curves.py"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
 def plot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_curves", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plot_curves"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("plot_curves")
 
 
 def write_run(folder: Path, records: list[dict[str, object]], *, tail: str = "") -> Path:

@@ -1,24 +1,14 @@
 """The replica of the published comparison of schedules, from benchmarks/."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-FILE = Path(__file__).parents[2] / "benchmarks" / "published_comparison.py"
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def replica() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("published_comparison", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("published_comparison")
 
 
 @pytest.mark.parametrize(
