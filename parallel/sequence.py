@@ -6,6 +6,7 @@ other's gradient. They wait: what follows needs their result.
 Shapes:  B sequences   P positions of a part   S positions   D width   T parts
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.profiler import record_function
 from gatewise.parallel.collectives import NO_GROUP, Group, RowSum
 
 __all__ = ["WHOLE_SEQUENCES", "SequenceSplit"]
+
+_Change = Callable[[Tensor, Group], Tensor]
 
 
 class SequenceSplit:
@@ -51,42 +54,34 @@ class SequenceSplit:
         """All-gather the positions; the gradient is summed over the ranks."""
         if self.parts == 1:
             return x_BPD
-        result: Tensor = _Gather.apply(x_BPD, self.group)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return result
+        return self._changed(x_BPD, _gather, _sum)
 
     def summed(self, x_BSD: Tensor) -> Tensor:
         """Add up what the ranks hold and return our positions; the gradient is gathered."""
         if self.parts == 1:
             return x_BSD
-        result: Tensor = _Sum.apply(x_BSD, self.group)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self._changed(x_BSD, _sum, _gather)
+
+    def _changed(self, x_BPD: Tensor, there: _Change, back: _Change) -> Tensor:
+        result: Tensor = _Collective.apply(x_BPD, self.group, there, back)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return result
 
 
 WHOLE_SEQUENCES = SequenceSplit(NO_GROUP)
 
 
-class _Gather(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
+    """Applies one collective forwards, and the one that is its adjoint backwards."""
+
     @staticmethod
-    def forward(ctx: Any, x_BPD: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _gather(x_BPD, group)
+    def forward(ctx: Any, x_BPD: Tensor, group: Group, there: _Change, back: _Change) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x_BPD, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx_BSD: Tensor) -> tuple[Tensor, None]:
-        return _sum(dx_BSD, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _sum(x_BSD, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx_BPD: Tensor) -> tuple[Tensor, None]:
-        return _gather(dx_BPD, ctx.group), None
+    def backward(ctx: Any, dy_BPD: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(dy_BPD, ctx.group), None, None, None
 
 
 def _gather(x_BPD: Tensor, group: Group) -> Tensor:

@@ -6,12 +6,11 @@ Shapes:  T tokens   E experts   K experts per token   D width
 from dataclasses import replace
 
 import torch
+from small_models import small_model
 from torch import Tensor, nn
 
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.model import Decoder
-from gatewise.moe.parallelize import build_model
-from gatewise.parallel.collectives import NO_GROUP
 from gatewise.routers.api import ExpertColumns, Routing, RoutingContext
 from gatewise.routers.presets import PRESETS, preset
 from gatewise.routers.router import ComposedRouter, build_cell, build_router
@@ -65,15 +64,7 @@ def decoder(name: str, *, layers: int = 3, dense: int = 0, **changes: object) ->
         dense_layers=dense,
         init_std=0.3,
     )
-    return build_model(
-        sizes,
-        config,
-        vocab_size=VOCAB,
-        group=NO_GROUP,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        seed=0,
-    )
+    return small_model(sizes, config, vocab_size=VOCAB)
 
 
 def token_ids() -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import small_model
 from torch import Tensor
 
 from gatewise.conf.compose import load_train_config
@@ -13,9 +14,7 @@ from gatewise.moe import MoE
 from gatewise.moe.attention import KeyValueCache
 from gatewise.moe.config import ModelConfig, count_parameters
 from gatewise.moe.model import Decoder, parameter_specs
-from gatewise.moe.parallelize import build_model
 from gatewise.moe.plan_ahead import StalePlanError
-from gatewise.parallel.collectives import NO_GROUP
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.ahead.config import AheadConfig, AheadKind, AheadWeights
 from gatewise.routers.ahead.plan import load_routes, record_routes, save_routes
@@ -47,15 +46,7 @@ IN_LOOP = {
 
 
 def build(router: RouterConfig, sizes: ModelConfig = SIZES) -> Decoder:
-    return build_model(
-        sizes,
-        router,
-        vocab_size=VOCAB,
-        group=NO_GROUP,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        seed=3,
-    )
+    return small_model(sizes, router, vocab_size=VOCAB, seed=3)
 
 
 def tokens(batch: int = 2, positions: int = 9) -> Tensor:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import small_model
 from training_runs import make_text
 
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.model import Decoder, DecoderOutput
-from gatewise.moe.parallelize import build_model
 from gatewise.parallel.collectives import NO_GROUP
 from gatewise.routers.config import RouterConfig
 from gatewise.training.config import DataConfig, EvaluationConfig, Tokenizer
@@ -19,14 +19,11 @@ from gatewise.training.step import language_loss
 
 
 def build(vocab_size: int, dtype: torch.dtype = torch.float32) -> Decoder:
-    return build_model(
+    return small_model(
         ModelConfig(layers=1, hidden=16, heads=2, num_experts=4, expert_width=8),
         RouterConfig(),
         vocab_size=vocab_size,
-        group=NO_GROUP,
-        device=torch.device("cpu"),
         dtype=dtype,
-        seed=0,
     )
 
 

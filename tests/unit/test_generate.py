@@ -4,12 +4,11 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from small_models import small_model
 
 from gatewise.moe.attention import KeyValueCache
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.model import Decoder
-from gatewise.moe.parallelize import build_model
-from gatewise.parallel.collectives import NO_GROUP
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.config import RouterConfig
 from gatewise.training.generate import Sampling, Tally, stream_text
@@ -19,13 +18,10 @@ BYTES = ByteTokenizer()
 
 
 def build() -> Decoder:
-    return build_model(
+    return small_model(
         ModelConfig(layers=2, hidden=16, heads=2, num_experts=4, expert_width=8, init_std=0.5),
         RouterConfig(jitter=0.1),
         vocab_size=BYTES.vocab_size,
-        group=NO_GROUP,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
         seed=3,
     )
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import small_model
 
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.model import Decoder, parameter_specs
-from gatewise.moe.parallelize import build_model
-from gatewise.parallel.collectives import NO_GROUP
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.balance import global_balance_loss
 from gatewise.routers.config import RouterConfig
@@ -26,17 +25,10 @@ VOCAB = 32
 
 
 def build(router: RouterConfig, top_k: int = 2) -> Decoder:
-    return build_model(
-        ModelConfig(
-            layers=3, hidden=16, heads=2, num_experts=4, top_k=top_k, expert_width=8, init_std=0.2
-        ),
-        router,
-        vocab_size=VOCAB,
-        group=NO_GROUP,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        seed=0,
+    sizes = ModelConfig(
+        layers=3, hidden=16, heads=2, num_experts=4, top_k=top_k, expert_width=8, init_std=0.2
     )
+    return small_model(sizes, router, vocab_size=VOCAB)
 
 
 def text() -> ProbeText:

@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import small_model
 from torch import Tensor
 
 from gatewise.moe.attention import Attention, KeyValueCache, RMSNorm, rotary_tables
 from gatewise.moe.config import Activation, ModelConfig, count_parameters
 from gatewise.moe.model import Decoder, parameter_specs, set_precision
-from gatewise.moe.parallelize import build_model
-from gatewise.parallel.collectives import NO_GROUP
 from gatewise.routers.api import RoutingContext
 from gatewise.routers.config import RouterConfig
 
@@ -38,12 +37,10 @@ CONFIGS = {
 
 
 def build(config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Decoder:
-    return build_model(
+    return small_model(
         config,
         RouterConfig(),
         vocab_size=VOCAB,
-        group=NO_GROUP,
-        device=torch.device("cpu"),
         dtype=dtype,
         seed=seed,
     )

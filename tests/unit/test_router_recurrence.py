@@ -13,13 +13,12 @@ import copy
 import pytest
 import torch
 from router_cases import FAMILY, VOCAB, D, E, K, decoder, token_ids, tokens
+from small_models import small_model
 from torch import Tensor, nn
 
 from gatewise.moe import MoE
 from gatewise.moe.config import ModelConfig, count_parameters
 from gatewise.moe.model import Block, Decoder, parameter_specs
-from gatewise.moe.parallelize import build_model
-from gatewise.parallel.collectives import NO_GROUP
 from gatewise.routers.api import RoutingContext
 from gatewise.routers.config import (
     Cell,
@@ -217,14 +216,10 @@ def test_t13_logits_start_as_large_as_a_linear_routers_or_as_the_release(
             scorer=Scorer.recurrent, cell=cell, shared_projection=shared, start=start
         )
         sizes = ModelConfig(layers=layers, hidden=hidden, heads=2, num_experts=16, expert_width=1)
-        model = build_model(
+        model = small_model(
             sizes,
             config,
             vocab_size=4,
-            group=NO_GROUP,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            seed=0,
         )
         inputs = [tokens(64, i, width=hidden) for i in range(layers)]
         found = logits_of(model.routers(), inputs)
