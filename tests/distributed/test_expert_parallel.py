@@ -214,7 +214,7 @@ def test_capacity_drops_alike_for_the_same_tokens_of_a_rank() -> None:
 
 def _one_exchange_of_counts(rank: int, world: int) -> None:
     groups = make_groups(ParallelConfig(ranks=world, expert=world))
-    layer = spread(whole_layer(), groups)
+    layer = spread(whole_layer(), groups.experts)
     x_TD = torch.randn(10, HIDDEN, dtype=torch.float64)
     for chunks in (1, 3):
         layer.schedule = Schedule.serial(chunks)
