@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from gatewise.moe.config import Activation
 from gatewise.moe.ops.grouped_ffn import ffn_forward
 from gatewise.moe.ops.native_packed import PackedTable
-from gatewise.moe.ops.packed import packed_ffn, packed_linear, unpack_weight
+from gatewise.moe.ops.packed import (
+    check_choices,
+    check_rows,
+    check_tables,
+    packed_ffn,
+    packed_linear,
+    unpack_weight,
+)
 from gatewise.moe.ops.panels import PackedWeight
 from gatewise.moe.ops.permute import combine_rows, gather_rows, sort_pairs
 
@@ -51,6 +58,7 @@ class PackedLinear(nn.Module):
         if x_RD.shape[0] <= _MOST_ROWS:
             y_RG = packed_linear(x_RD, self.weight)
         else:
+            check_rows(x_RD, self.weight)
             shape = (self.weight.rows, self.weight.columns)
             y_RG = F.linear(x_RD, unpack_weight(self.weight, x_RD.new_empty(shape)))
         return y_RG.view(*x.shape[:-1], self.weight.rows)
@@ -72,21 +80,16 @@ class PackedExperts(nn.Module):
         activation: the non-linearity; swiglu has a gate.
 
     Raises:
-        ValueError: if matrices that stand side by side differ in shape or group.
+        ValueError: if matrices that stand side by side differ in shape or group, or the two kinds
+            do not fit together.
     """
 
     def __init__(
         self, w_in: Sequence[PackedWeight], w_out: Sequence[PackedWeight], activation: Activation
     ) -> None:
         super().__init__()
-        for name, weights in (("w_in", w_in), ("w_out", w_out)):
-            kinds = {(weight.rows, weight.columns, weight.group) for weight in weights}
-            if len(kinds) != 1:
-                raise ValueError(
-                    f"{name} has matrices of different (rows, columns, group): {sorted(kinds)}; "
-                    "the experts of a layer must be alike but for their widths"
-                )
-        self.w_in, self.w_out = PackedTable(w_in), PackedTable(w_out)
+        self.w_in, self.w_out = _table("w_in", w_in), _table("w_out", w_out)
+        check_tables(self.w_in, self.w_out, activation)
         self.activation = activation
 
     @property
@@ -95,10 +98,15 @@ class PackedExperts(nn.Module):
         return sum(weight.nbytes for weight in (*self.w_in.weights, *self.w_out.weights))
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Sum the outputs of each token's experts with its weights; -1 is no expert."""
+        """Sum the outputs of each token's experts with its weights; -1 is no expert.
+
+        Raises:
+            ValueError: as `check_choices`, or where gradients are wanted.
+        """
         _refuse_gradients(x_TD)
         if x_TD.shape[0] <= _MOST_ROWS:  # then no expert has more rows
             return self._few_rows(x_TD, expert_TK, weight_TK)
+        check_choices(x_TD, expert_TK, weight_TK, self.w_in)
         _, token_M, inverse_TK, count_E = sort_pairs(expert_TK, len(self.w_in.weights))
         counts = count_E.tolist()
         x_ND = gather_rows(x_TD, token_M[: sum(counts)])
@@ -134,6 +142,13 @@ class PackedExperts(nn.Module):
             one_R1 = torch.ones_like(expert_R1, dtype=torch.float32)
             y_ND[row_R] = self._few_rows(x_ND[row_R], expert_R1, one_R1)
         return y_ND
+
+
+def _table(name: str, weights: Sequence[PackedWeight]) -> PackedTable:
+    try:
+        return PackedTable(weights)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _refuse_gradients(x: Tensor) -> None:

@@ -63,11 +63,20 @@ class PackedTable:
     """Matrices of one shape and group, widths as they like, as the kernels read them.
 
     Args:
-        weights: on the CPU; their memory must stay where it is.
+        weights: on one device; their memory must stay where it is.
+
+    Raises:
+        ValueError: if there are none, or they differ in more than their widths.
     """
 
     def __init__(self, weights: Sequence[PackedWeight]) -> None:
         self.weights = tuple(weights)
+        kinds = {(w.rows, w.columns, w.group, str(w.data.device)) for w in self.weights}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"the matrices have different (rows, columns, group, device): {sorted(kinds)}; "
+                "the experts of a layer must be alike but for their widths"
+            )
         self._matrices = (_Matrix * len(self.weights))(*map(_matrix, self.weights))
         self.address = ctypes.addressof(self._matrices)
 

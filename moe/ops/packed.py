@@ -25,6 +25,9 @@ from gatewise.moe.ops.panels import PackedWeight, unpack_panels
 
 __all__ = [
     "QuantisedRows",
+    "check_choices",
+    "check_rows",
+    "check_tables",
     "packed_ffn",
     "packed_ffn_reference",
     "packed_linear",
@@ -67,7 +70,16 @@ def quantise_rows(x_MK: Tensor, group: int) -> QuantisedRows:
 
 
 def unpack_weight(weight: PackedWeight, out_NK: Tensor) -> Tensor:
-    """Write a matrix's values, computed in fp32 (fp64 for fp64), into `out_NK` and return it."""
+    """Write a matrix's values, computed in fp32 (fp64 for fp64), into `out_NK` and return it.
+
+    Raises:
+        ValueError: if `out_NK` is not of the matrix's shape, a floating type and its device.
+    """
+    if out_NK.shape != (weight.rows, weight.columns):
+        raise ValueError(
+            f"out_NK is {list(out_NK.shape)}; the matrix is {[weight.rows, weight.columns]}"
+        )
+    _check_numbers("out_NK", out_NK, weight)
     kernels = _kernels_for(out_NK)
     if kernels is not None and out_NK.is_contiguous():
         kernels.unpack(weight, out_NK)
@@ -91,7 +103,11 @@ def packed_linear(x_MK: Tensor, weight: PackedWeight) -> Tensor:
     """Return x W^T (M, N) with x quantised to int8, in the dtype of `x_MK`.
 
     Made for few rows: every row reads the codes again, from the caches.
+
+    Raises:
+        ValueError: as `check_rows`.
     """
+    check_rows(x_MK, weight)
     kernels = _kernels_for(x_MK)
     if kernels is None:
         return packed_linear_reference(x_MK, weight)
@@ -127,7 +143,12 @@ def packed_ffn(  # noqa: PLR0917 - the operands of one kernel
     Returns:
         (T, D) of the dtype of `x_TD`; the result for a token depends on no other token and not on
         the number of threads.
+
+    Raises:
+        ValueError: as `check_tables` and `check_choices`.
     """
+    check_tables(w_in, w_out, activation)
+    check_choices(x_TD, expert_TK, weight_TK, w_in)
     kernels = _kernels_for(x_TD)
     if kernels is None:
         return packed_ffn_reference(
@@ -159,6 +180,79 @@ def packed_ffn_reference(  # noqa: PLR0917 - the operands of one kernel
         weight_R1 = weight_TK[token_R, choice_R].to(wide).unsqueeze(1)
         y_TD.index_add_(0, token_R, weight_R1 * out_RD)
     return y_TD.to(x_TD.dtype)
+
+
+def check_rows(x_MK: Tensor, weight: PackedWeight) -> None:
+    """Refuse rows that a matrix cannot multiply.
+
+    Raises:
+        ValueError: for another width, type or device.
+    """
+    if x_MK.dim() != 2 or x_MK.shape[1] != weight.columns:
+        raise ValueError(
+            f"x is {list(x_MK.shape)}; the matrix multiplies rows of {weight.columns} numbers"
+        )
+    _check_numbers("x", x_MK, weight)
+
+
+def check_tables(w_in: PackedTable, w_out: PackedTable, activation: Activation) -> None:
+    """Refuse matrices that are not the two of each expert.
+
+    Raises:
+        ValueError: if their number or their shapes do not fit together.
+    """
+    first, second = w_in.weights[0], w_out.weights[0]
+    if len(w_in.weights) != len(w_out.weights):
+        raise ValueError(
+            f"w_in is of {len(w_in.weights)} experts, but w_out of {len(w_out.weights)}"
+        )
+    inner = second.columns * (2 if activation is Activation.swiglu else 1)
+    if (first.rows, first.columns) != (inner, second.rows):
+        raise ValueError(
+            f"w_in is {[first.rows, first.columns]}; with w_out of "
+            f"{[second.rows, second.columns]} and {activation.name} it must be "
+            f"{[inner, second.rows]}"
+        )
+    if first.data.device != second.data.device:
+        raise ValueError(f"w_in is on {first.data.device}, but w_out on {second.data.device}")
+
+
+def check_choices(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, w_in: PackedTable) -> None:
+    """Refuse tokens, or choices of experts, that these experts cannot serve.
+
+    Raises:
+        ValueError: for another width, type or device, or an expert that does not exist.
+    """
+    check_rows(x_TD, w_in.weights[0])
+    if expert_TK.dtype != torch.int64:
+        raise ValueError(f"expert_TK is {expert_TK.dtype}; it must be torch.int64")
+    if not weight_TK.is_floating_point():
+        raise ValueError(f"weight_TK is {weight_TK.dtype}; it must be a floating type")
+    if expert_TK.dim() != 2 or len(expert_TK) != len(x_TD) or weight_TK.shape != expert_TK.shape:
+        raise ValueError(
+            f"expert_TK is {list(expert_TK.shape)} and weight_TK {list(weight_TK.shape)}; both "
+            f"must have a row for each of {len(x_TD)} tokens and the same columns"
+        )
+    if not expert_TK.device == weight_TK.device == x_TD.device:
+        raise ValueError(
+            f"x is on {x_TD.device}, expert_TK on {expert_TK.device}, weight_TK on "
+            f"{weight_TK.device}; they must be on one device"
+        )
+    if not expert_TK.numel():
+        return
+    least, most = (int(end) for end in expert_TK.aminmax())
+    if least < -1 or most >= len(w_in.weights):
+        raise ValueError(
+            f"expert_TK goes from {least} to {most}; with {len(w_in.weights)} experts it must be "
+            f"from -1 (none) to {len(w_in.weights) - 1}"
+        )
+
+
+def _check_numbers(name: str, x: Tensor, weight: PackedWeight) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}; it must be a floating type")
+    if x.device != weight.data.device:
+        raise ValueError(f"{name} is on {x.device}, but the matrix on {weight.data.device}")
 
 
 def _kernels_for(x: Tensor) -> PackedKernels | None:

@@ -21,16 +21,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PANEL_ROWS", "PackedWeight", "pack_panels", "panel_bytes", "unpack_panels"]
+__all__ = ["PackedWeight", "pack_panels", "unpack_panels"]
 
-PANEL_ROWS = 16
+_PANEL_ROWS = 16
 _VECTOR = 64
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
-    """A matrix in panels: value = scale * (code - zero)."""
+    """A matrix in panels: value = scale * (code - zero).
+
+    Raises:
+        ValueError: if the bytes are not those of such a matrix; kernels read them as what the
+            other fields say.
+    """
 
     data: Tensor  # uint8, panel after panel
     rows: int
@@ -38,6 +43,20 @@ class PackedWeight:
     bits: int  # 1, 2, 3, 4 or 8
     group: int  # columns that share scale and zero; the last group may be shorter
     zero: float | None  # of all groups; None: each group has its own
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        for name in ("rows", "columns", "group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        size = -(-self.rows // _PANEL_ROWS) * _panel_bytes(self)
+        if self.data.dtype != torch.uint8 or self.data.shape != (size,):
+            raise ValueError(
+                f"data is {self.data.dtype}{list(self.data.shape)}; {self.rows} x {self.columns} "
+                f"codes of {self.bits} bits in groups of {self.group} are {size} bytes of uint8"
+            )
+        if not self.data.is_contiguous():
+            raise ValueError("data is not contiguous; kernels read byte after byte")
 
     @property
     def groups(self) -> int:
@@ -48,16 +67,6 @@ class PackedWeight:
     def nbytes(self) -> int:
         """Bytes in memory, padding too."""
         return self.data.nbytes
-
-
-def panel_bytes(bits: int, columns: int, group: int, *, has_zero: bool) -> int:
-    """Return the bytes of one panel."""
-    codes = sum(
-        _VECTOR * _vectors(plane, min(group, columns - start))
-        for plane in _PLANES[bits]
-        for start in range(0, columns, group)
-    )
-    return _grid_bytes(-(-columns // group), has_zero) + codes
 
 
 def pack_panels(
@@ -80,17 +89,23 @@ def pack_panels(
         zero: of all groups, where `zero_NG` is None.
 
     Raises:
-        ValueError: if there is not exactly one of `zero` and `zero_NG`, or for another width.
+        ValueError: if there is not exactly one of `zero` and `zero_NG`, if scales or zeros are not
+            one per group, or for another width.
     """
-    if bits not in _PLANES:
-        raise ValueError(f"bits is {bits}; it must be one of {', '.join(map(str, _PLANES))}")
+    _check_bits(bits)
     if (zero is None) == (zero_NG is None):
         raise ValueError("give either zero, of all groups, or zero_NG")
     rows, columns = code_NK.shape
-    panels = -(-rows // PANEL_ROWS)
-    padded_NK = code_NK.new_zeros(panels * PANEL_ROWS, columns)
+    for name, value_NG in (("scale_NG", scale_NG), ("zero_NG", zero_NG)):
+        if value_NG is not None and value_NG.shape != (rows, -(-columns // group)):
+            raise ValueError(
+                f"{name} is {list(value_NG.shape)}; {rows} x {columns} codes in groups of {group} "
+                f"have {[rows, -(-columns // group)]}"
+            )
+    panels = -(-rows // _PANEL_ROWS)
+    padded_NK = code_NK.new_zeros(panels * _PANEL_ROWS, columns)
     padded_NK[:rows] = code_NK
-    code_PRK = padded_NK.view(panels, PANEL_ROWS, columns)
+    code_PRK = padded_NK.view(panels, _PANEL_ROWS, columns)
     parts = [_pack_grid(scale_NG, panels)]
     if zero_NG is not None:
         parts.append(_pack_grid(zero_NG.to(torch.float16), panels))
@@ -110,14 +125,14 @@ def pack_panels(
 
 def unpack_panels(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return uint8 codes (N, K), fp16 scales and zeros (N, G), as `pack_panels` got them."""
-    panels = -(-weight.rows // PANEL_ROWS)
+    panels = -(-weight.rows // _PANEL_ROWS)
     data_PB = weight.data.view(panels, -1)
     scale_NG = _unpack_grid(data_PB, 0, weight)
     zero_NG = None
     if weight.zero is None:
-        zero_NG = _unpack_grid(data_PB, 2 * PANEL_ROWS * weight.groups, weight)
+        zero_NG = _unpack_grid(data_PB, 2 * _PANEL_ROWS * weight.groups, weight)
     place = _grid_bytes(weight.groups, weight.zero is None)
-    code_PRK = data_PB.new_zeros(panels, PANEL_ROWS, weight.columns)
+    code_PRK = data_PB.new_zeros(panels, _PANEL_ROWS, weight.columns)
     shift = 0
     for plane in _PLANES[weight.bits]:
         for start, count, width in _runs(weight.columns, weight.group):
@@ -127,6 +142,19 @@ def unpack_panels(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
             place += size
         shift += plane
     return code_PRK.flatten(0, 1)[: weight.rows].contiguous(), scale_NG, zero_NG
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in _PLANES:
+        raise ValueError(f"bits is {bits}; it must be one of {', '.join(map(str, _PLANES))}")
+
+
+def _panel_bytes(weight: PackedWeight) -> int:
+    return _grid_bytes(weight.groups, weight.zero is None) + sum(
+        _VECTOR * count * _vectors(plane, width)
+        for plane in _PLANES[weight.bits]
+        for _, count, width in _runs(weight.columns, weight.group)
+    )
 
 
 def _runs(columns: int, group: int) -> Iterator[tuple[int, int, int]]:
@@ -143,23 +171,23 @@ def _vectors(plane: int, columns: int) -> int:
 
 
 def _grid_bytes(groups: int, has_zero: bool) -> int:
-    size = groups * 2 * PANEL_ROWS * (2 if has_zero else 1)
+    size = groups * 2 * _PANEL_ROWS * (2 if has_zero else 1)
     return -(-size // _VECTOR) * _VECTOR
 
 
 def _pack_grid(value_NG: Tensor, panels: int) -> Tensor:
     """Return the bytes (P, 32 G) of scales or zeros; rows that do not exist get 0."""
     rows, groups = value_NG.shape
-    padded_NG = value_NG.new_zeros(panels * PANEL_ROWS, groups)
+    padded_NG = value_NG.new_zeros(panels * _PANEL_ROWS, groups)
     padded_NG[:rows] = value_NG
-    value_PGR = padded_NG.view(panels, PANEL_ROWS, groups).transpose(1, 2).contiguous()
+    value_PGR = padded_NG.view(panels, _PANEL_ROWS, groups).transpose(1, 2).contiguous()
     return value_PGR.view(panels, -1).view(torch.uint8)
 
 
 def _unpack_grid(data_PB: Tensor, place: int, weight: PackedWeight) -> Tensor:
-    size = 2 * PANEL_ROWS * weight.groups
+    size = 2 * _PANEL_ROWS * weight.groups
     value_PGR = data_PB[:, place : place + size].contiguous().view(torch.float16)
-    value_PRG = value_PGR.view(-1, weight.groups, PANEL_ROWS).transpose(1, 2)
+    value_PRG = value_PGR.view(-1, weight.groups, _PANEL_ROWS).transpose(1, 2)
     return value_PRG.flatten(0, 1)[: weight.rows].contiguous()
 
 
@@ -179,7 +207,7 @@ def _pack_plane(digit_PRCW: Tensor, plane: int) -> Tensor:
 def _unpack_plane(data_PB: Tensor, plane: int, count: int, width: int) -> Tensor:
     """Undo `_pack_plane`; return (P, 16, C, width)."""
     fields, vectors = 8 // plane, _vectors(plane, width)
-    byte = data_PB.reshape(-1, count, vectors, PANEL_ROWS, 4)
+    byte = data_PB.reshape(-1, count, vectors, _PANEL_ROWS, 4)
     mask = (1 << plane) - 1
     digits = [(byte >> (plane * field)) & mask for field in range(fields)]
     digit = torch.stack(digits, 4).permute(0, 3, 1, 2, 4, 5)  # (P, R, C, V, F, 4)

@@ -99,5 +99,28 @@ def test_a_copy_computes_the_same_from_memory_of_its_own() -> None:
 
 def test_experts_that_do_not_belong_together_are_refused() -> None:
     first, second = made_up(32, 16, 16, 2), made_up(32, 16, 8, 2)
-    with pytest.raises(ValueError, match="w_in has matrices of different"):
+    with pytest.raises(ValueError, match="w_in: the matrices have different"):
         PackedExperts([first, second], [made_up(16, 16, 16, 2)] * 2, Activation.swiglu)
+    with pytest.raises(ValueError, match="w_out: the matrices have different"):
+        PackedExperts([first], [], Activation.swiglu)
+    with pytest.raises(ValueError, match="w_in is of 2 experts, but w_out of 1"):
+        PackedExperts([first] * 2, [made_up(16, 16, 16, 2)], Activation.swiglu)
+    with pytest.raises(ValueError, match=r"w_in is \[32, 16\]; .* and gelu it must be \[16, 16\]"):
+        PackedExperts([first], [made_up(16, 16, 16, 2)], Activation.gelu)
+
+
+@pytest.mark.parametrize("tokens", [2, _MOST_ROWS + 1])
+@torch.no_grad()
+def test_what_a_packed_layer_cannot_compute_is_refused(tokens: int) -> None:
+    layer = PackedExperts(*(t.weights for t in mixed_experts(Activation.swiglu)), Activation.swiglu)
+    x_TD, expert_TK, weight_TK = torch.zeros(tokens, 96), torch.zeros(tokens, 2), torch.ones(1)
+    weight_TK = weight_TK.expand(tokens, 2)
+    with pytest.raises(ValueError, match="expert_TK goes from 0 to 7; with 5 experts"):
+        layer(x_TD, expert_TK.long() + torch.tensor([0, 7]), weight_TK)
+    with pytest.raises(ValueError, match=r"x is \[.*, 90\]"):
+        layer(x_TD[:, :90], expert_TK.long(), weight_TK)
+    with pytest.raises(ValueError, match=r"expert_TK is torch\.float32"):
+        layer(x_TD, expert_TK, weight_TK)
+    matrix = PackedLinear(made_up(16, 32, 16, 2))
+    with pytest.raises(ValueError, match="rows of 32 numbers"):
+        matrix(x_TD)

@@ -1,6 +1,8 @@
 """Products with packed weights: exact in integers, near the dequantised numbers, every engine."""
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from gatewise.moe.ops.packed import (
     unpack_weight,
     unpack_weight_reference,
 )
-from gatewise.moe.ops.panels import pack_panels, panel_bytes, unpack_panels
+from gatewise.moe.ops.panels import pack_panels, unpack_panels
 
 BITS = (1, 2, 3, 4, 8)
 # rows, columns, group: whole blocks, one row, short last groups, groups that are no block
@@ -70,8 +72,11 @@ def test_panels_give_back_what_was_packed(
         else:
             assert found_zero_NG is not None
             assert torch.equal(found_zero_NG, zero_NG.half())
-        size = panel_bytes(bits, columns, group, has_zero=zero_NG is not None)
-        assert weight.nbytes == -(-rows // 16) * size
+        widths = [min(group, columns - start) for start in range(0, columns, group)]
+        grid = 32 * len(widths) * (1 if zero_NG is None else 2)
+        planes = (2, 1) if bits == 3 else (bits,)
+        vectors = sum(math.ceil(width / (32 / plane)) for plane in planes for width in widths)
+        assert weight.nbytes == math.ceil(rows / 16) * 64 * (math.ceil(grid / 64) + vectors)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -229,3 +234,97 @@ def test_what_cannot_be_packed_is_refused(bits: int, zero: float | None) -> None
         pack_panels(
             codes("least", 1, 8, 1), torch.ones(1, 1).half(), None, bits=bits, group=8, zero=zero
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 33}, r"data is torch.uint8\[.*\]; 33 x 100 codes of 3 bits in groups of 32 are"),
+        ({"columns": 200}, "32 x 200 codes"),
+        ({"bits": 4}, "codes of 4 bits"),
+        ({"bits": 5}, "bits is 5; it must be one of 1, 2, 3, 4, 8"),
+        ({"group": 16}, "in groups of 16 are"),
+        ({"group": 0}, "group is 0; it must be at least 1"),
+        ({"zero": 0.5}, "data is"),
+    ],
+)
+def test_bytes_that_are_not_the_matrix_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(made_up(32, 100, 32, 3), **changes)
+
+
+def test_data_of_another_type_or_with_gaps_is_refused() -> None:
+    good = made_up(32, 64, 32, 2)
+    with pytest.raises(ValueError, match=r"data is torch.int8"):
+        replace(good, data=good.data.view(torch.int8))
+    spread = torch.zeros(2 * len(good.data), dtype=torch.uint8)[::2]
+    with pytest.raises(ValueError, match="not contiguous"):
+        replace(good, data=spread)
+    with pytest.raises(ValueError, match=r"scale_NG is \[32, 3\]; .* have \[32, 2\]"):
+        pack_panels(
+            codes("least", 32, 64, 2),
+            torch.ones(32, 3).half(),
+            None,
+            bits=2,
+            group=32,
+            zero=0.5,
+        )
+
+
+@pytest.mark.parametrize(
+    ("x_MK", "message"),
+    [
+        (torch.zeros(2, 95), r"x is \[2, 95\]; the matrix multiplies rows of 96 numbers"),
+        (torch.zeros(96), r"x is \[96\]"),
+        (torch.zeros(2, 96, dtype=torch.int64), "x is torch.int64; it must be a floating type"),
+        (torch.zeros(2, 96, device="meta"), "x is on meta, but the matrix on cpu"),
+    ],
+)
+def test_rows_that_do_not_fit_the_matrix_are_refused(
+    engine: str, x_MK: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        packed_linear(x_MK, made_up(40, 96, 32, 2))
+
+
+def test_a_matrix_is_unpacked_only_into_its_own_shape(engine: str) -> None:
+    weight = made_up(40, 96, 32, 2)
+    with pytest.raises(ValueError, match=r"out_NK is \[40, 95\]; the matrix is \[40, 96\]"):
+        unpack_weight(weight, torch.empty(40, 95))
+    with pytest.raises(ValueError, match=r"out_NK is torch\.uint8"):
+        unpack_weight(weight, torch.empty(40, 96, dtype=torch.uint8))
+    wide_NK = torch.empty(96, 40).t()  # the same shape with other strides
+    assert torch.equal(unpack_weight(weight, wide_NK), unpack_weight_reference(weight))
+
+
+def test_rows_with_gaps_between_their_numbers_give_the_same(engine: str) -> None:
+    weight = made_up(40, 96, 32, 2)
+    wide_MK = torch.randn(3, 192, generator=torch.Generator().manual_seed(3))[:, ::2]
+    assert torch.equal(packed_linear(wide_MK, weight), packed_linear(wide_MK.clone(), weight))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(3, 95)}, r"x is \[3, 95\]; the matrix multiplies rows of 96"),
+        ({"expert": torch.tensor([[5], [0], [0]])}, "expert_TK goes from 0 to 5; with 5 experts"),
+        ({"expert": torch.tensor([[-2], [0], [0]])}, r"from -2 to 0; .* from -1 \(none\) to 4"),
+        ({"expert": torch.zeros(3, 1, dtype=torch.int32)}, "expert_TK is torch.int32"),
+        ({"expert": torch.zeros(2, 1, dtype=torch.int64)}, "a row for each of 3 tokens"),
+        ({"weight": torch.zeros(3, 2)}, r"weight_TK \[3, 2\]; both must have"),
+        ({"weight": torch.zeros(3, 1, dtype=torch.int64)}, "weight_TK is torch.int64"),
+        ({"weight": torch.zeros(3, 1, device="meta")}, "weight_TK on meta"),
+    ],
+)
+def test_choices_that_these_experts_cannot_serve_are_refused(
+    engine: str, changes: dict[str, Tensor], message: str
+) -> None:
+    w_in, w_out = mixed_experts(Activation.swiglu)
+    good = {
+        "x": torch.zeros(3, 96),
+        "expert": torch.zeros(3, 1, dtype=torch.int64),
+        "weight": torch.zeros(3, 1),
+    }
+    given = good | changes
+    with pytest.raises(ValueError, match=message):
+        packed_ffn(given["x"], given["expert"], given["weight"], w_in, w_out, Activation.swiglu)
