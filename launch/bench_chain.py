@@ -27,8 +27,7 @@ from gatewise.moe.config import Activation
 from gatewise.moe.ops.grouped_ffn import ffn_backward_data, ffn_backward_weights, ffn_forward
 from gatewise.moe.planning.block import REDUCE_STAGES
 from gatewise.moe.planning.policies import Pass
-from gatewise.parallel.collectives import Group
-from gatewise.parallel.pairwise import PairwiseExchange
+from gatewise.parallel.collectives import Group, RowExchange, RowSum, gather_uneven
 from gatewise.parallel.schedule.executor import Lanes, PlanRunner
 from gatewise.parallel.schedule.plan import Task
 from gatewise.parallel.schedule.recorder import Recorder
@@ -337,22 +336,20 @@ class Chain:
 
     def _exchange(self, x_ntD: Tensor, _rows: slice) -> Tensor:
         group = self._groups.exchange
-        x_ntD = x_ntD.view(group.size, -1, x_ntD.shape[-1])
-        y_ntD = torch.empty_like(x_ntD)
-        PairwiseExchange(y_ntD.unbind(), x_ntD.unbind(), group).wait()
-        return y_ntD
+        x_ND = x_ntD.reshape(-1, x_ntD.shape[-1])
+        each = [x_ND.shape[0] // group.size] * group.size
+        y_ND = RowExchange(x_ND, each, each, group).wait()
+        return y_ND.view(group.size, -1, x_ND.shape[-1])
 
     def _gather(self, x_ntD: Tensor, _rows: slice) -> Tensor:
         group = self._groups.node
-        gathered_sntD = x_ntD.new_empty(group.size, *x_ntD.shape)
-        PairwiseExchange(gathered_sntD.unbind(), [x_ntD] * group.size, group).wait()
-        return gathered_sntD
+        gathered = gather_uneven(x_ntD, [x_ntD.shape[0]] * group.size, group).wait()
+        return gathered.view(group.size, *x_ntD.shape)
 
     def _scatter(self, y_sntD: Tensor, _rows: slice) -> Tensor:
         group = self._groups.node
-        parts_sntD = torch.empty_like(y_sntD)
-        PairwiseExchange(parts_sntD.unbind(), y_sntD.unbind(), group).wait()
-        return parts_sntD.sum(0)
+        sizes = [y_sntD.shape[1]] * group.size
+        return RowSum(y_sntD.flatten(0, 1), sizes, group).wait()
 
     def _sum(self, piece: slice) -> None:
         dist.all_reduce(self.gradient[piece], group=self._groups.gradients.handle)

@@ -20,7 +20,7 @@ from gatewise.moe.planning.block import BlockWork
 from gatewise.moe.planning.policies import Problem
 from gatewise.parallel.schedule.cost import Amount, Cost
 from gatewise.parallel.schedule.executor import Lanes
-from gatewise.parallel.schedule.probes import collective_probes, compute_probes, sweep
+from gatewise.parallel.schedule.probes import collective_probes, compute_probes, drop, sweep
 from gatewise.parallel.schedule.profiler import Meter, Probe, Run
 from gatewise.parallel.schedule.profiles import Layout, Profile
 
@@ -116,11 +116,7 @@ def measure_profile(
     probes = collective_probes(
         groups.exchange, groups.node, groups.gradients, width=size.width, largest=moved
     )
-    probes |= compute_probes(
-        width=size.width,
-        inner=size.inner,
-        largest={"experts": product, "attention": product, "memory": plain},
-    )
+    probes |= compute_probes(width=size.width, largest={"attention": product, "memory": plain})
     probes |= _expert_probes(size, expert, tokens)
     if isinstance(expert, EmulatedExpert):
         probes["attention"] = _emulated(probes["attention"], size.device_gmacs)
@@ -151,11 +147,11 @@ def _expert_probes(size: ChainSize, expert: Expert, tokens: int) -> dict[str, Pr
 
     def forward(wanted: float) -> tuple[float, Run]:
         rows, x_sntD = rows_of(wanted)
-        return float(rows.stop * per_row), lambda: _end(expert.forward(x_sntD, rows))
+        return float(rows.stop * per_row), lambda: drop(expert.forward(x_sntD, rows))
 
     def data(wanted: float) -> tuple[float, Run]:
         rows, x_sntD = rows_of(wanted)
-        return float(rows.stop * per_row), lambda: _end(expert.data(x_sntD, rows))
+        return float(rows.stop * per_row), lambda: drop(expert.data(x_sntD, rows))
 
     def weights(wanted: float) -> tuple[float, Run]:
         rows, x_sntD = rows_of(wanted)
@@ -174,10 +170,6 @@ def _emulated(probe: Probe, gmacs: float) -> Probe:
     return Probe(
         "compute", probe.sizes, lambda size: (size, lambda: time.sleep(size / (gmacs * 1e9)))
     )
-
-
-def _end(_result: torch.Tensor) -> None:
-    """Drop the result of an operation that has ended."""
 
 
 def make_problem(

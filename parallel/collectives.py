@@ -3,7 +3,10 @@
 The MoE layer differentiates by hand (`moe/compute.py`): the gradient of an all-to-all is the
 all-to-all with the splits swapped, which the backward plan issues itself.
 
-Shapes:  R rows received   N rows sent   D width
+All of them are all-to-alls and pass through `start_exchange`: on CPUs rows go message by message,
+with the receives posted first (`pairwise.py`), on GPUs in one collective.
+
+Shapes:  R rows received   N rows sent   D width   P ranks of a group
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
+
+from gatewise.parallel.pairwise import PairwiseExchange
 
 __all__ = [
     "NO_GROUP",
@@ -26,6 +31,7 @@ __all__ = [
     "exchange_ints",
     "gather_uneven",
     "reduce_scatter_sum",
+    "start_exchange",
 ]
 
 
@@ -69,36 +75,72 @@ class Rows(Protocol):
         ...
 
 
+class Exchange(Protocol):
+    """An all-to-all under way."""
+
+    def wait(self) -> object:
+        """Return when everything has been received and sent."""
+        ...
+
+
+def start_exchange(
+    received: Tensor,
+    sent: Tensor,
+    group: Group,
+    *,
+    receive: Sequence[int] | None = None,
+    send: Sequence[int] | None = None,
+    small: bool = False,
+) -> Exchange:
+    """Start an all-to-all and count it.
+
+    Args:
+        received: contiguous; takes what arrives, ordered by source rank.
+        sent: ordered by destination rank; it must stay as it is until the end.
+        group: of several ranks.
+        receive: rows of `received` from each rank; None: its first dim is P.
+        send: rows of `sent` for each rank; None: its first dim is P.
+        small: so small on every rank that taking turns costs less than a message to each rank.
+    """
+    assert group.handle is not None
+    parts = sent.unbind() if send is None else sent.split(list(send))
+    group.traffic.calls += 1
+    group.traffic.sent_bytes += sum(part.nbytes for part in parts) - parts[group.rank].nbytes
+    if sent.device.type == "cpu" and not small:
+        places = received.unbind() if receive is None else received.split(list(receive))
+        return PairwiseExchange(places, parts, group.handle)
+    work: dist.Work = dist.all_to_all_single(
+        received,
+        sent.contiguous(),
+        output_split_sizes=None if receive is None else list(receive),
+        input_split_sizes=None if send is None else list(send),
+        group=group.handle,
+        async_op=True,
+    )
+    return work
+
+
 class RowExchange:
     """An all-to-all of rows under way; `wait` returns the received rows.
 
     Args:
-        x_ND: rows to send, ordered by destination rank.
-        send: rows for each rank; sums to N.
+        x_ND: rows to send, ordered by destination rank; or (P, N, D), equally many for each.
+        send: rows for each rank; sums to N; None for equally many.
         receive: rows from each rank.
         group: with one rank nothing is copied: the result is `x_ND` itself.
     """
 
     def __init__(
-        self, x_ND: Tensor, send: Sequence[int], receive: Sequence[int], group: Group
+        self, x_ND: Tensor, send: Sequence[int] | None, receive: Sequence[int], group: Group
     ) -> None:
-        self._work: dist.Work | None = None
+        self._work: Exchange | None = None
         if group.handle is None:
             self._result_RD = x_ND
             return
-        self._sent_ND = x_ND.contiguous()  # kept alive until the exchange is over
-        self._result_RD = x_ND.new_empty((sum(receive), *x_ND.shape[1:]))
-        group.traffic.calls += 1
-        row_bytes = x_ND.element_size() * (x_ND[0].numel() if x_ND.shape[0] else 0)
-        group.traffic.sent_bytes += (sum(send) - send[group.rank]) * row_bytes
-        self._work = dist.all_to_all_single(
-            self._result_RD,
-            self._sent_ND,
-            output_split_sizes=list(receive),
-            input_split_sizes=list(send),
-            group=group.handle,
-            async_op=True,
-        )
+        rows = x_ND.shape[1:] if send is not None else x_ND.shape[2:]
+        self._sent_ND = x_ND  # kept alive until the exchange is over
+        self._result_RD = x_ND.new_empty((sum(receive), *rows))
+        self._work = start_exchange(self._result_RD, x_ND, group, receive=receive, send=send)
 
     def wait(self) -> Tensor:
         """Return the received rows, ordered by source rank."""
@@ -122,9 +164,9 @@ def gather_uneven(x_RD: Tensor, sizes: Sequence[int], group: Group) -> RowExchan
     """
     if group.handle is None:
         return RowExchange(x_RD, sizes, sizes, group)
-    # gloo gathers equal sizes only, and padding would travel; so each rank gets a copy of ours
-    copies = x_RD.unsqueeze(0).expand(group.size, *x_RD.shape).flatten(0, 1)
-    return RowExchange(copies, [x_RD.shape[0]] * group.size, sizes, group)
+    # gloo gathers equal sizes only, and padding would travel; so each rank is sent ours
+    x_PRD = x_RD.contiguous().unsqueeze(0).expand(group.size, *x_RD.shape)
+    return RowExchange(x_PRD, None, sizes, group)
 
 
 class RowSum:
@@ -172,9 +214,7 @@ def exchange_ints(values: Tensor, group: Group) -> Tensor:
         return values
     values = values.contiguous()  # before empty_like, which keeps strides
     received = torch.empty_like(values)
-    group.traffic.calls += 1
-    group.traffic.sent_bytes += values[0].numel() * values.element_size() * (group.size - 1)
-    dist.all_to_all_single(received, values, group=group.handle)
+    start_exchange(received, values, group, small=True).wait()
     return received
 
 
@@ -196,14 +236,10 @@ class ShardSum:
         self._group = group
         self._slices = flat.view(group.size, -1)
         if group.handle is None:
-            self._work = None
+            self._work: Exchange | None = None
             return
-        group.traffic.calls += 1
-        group.traffic.sent_bytes += self._slices[0].numel() * flat.element_size() * (group.size - 1)
         self._received = torch.empty_like(self._slices)
-        self._work = dist.all_to_all_single(
-            self._received, self._slices, group=group.handle, async_op=True
-        )
+        self._work = start_exchange(self._received, self._slices, group)
 
     def wait(self) -> Tensor:
         """Return this rank's slice (a view of `flat`), now summed over ranks."""

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from gatewise.parallel.collectives import Group
-
 __all__ = ["PairwiseExchange"]
 
 
@@ -22,29 +20,27 @@ class PairwiseExchange:
 
     Args:
         received: contiguous tensors that take what each rank sends; nothing, where it is empty.
-        sent: contiguous tensors for each rank, of the sizes that these expect; they must stay as
-            they are until the end.
-        group: with one rank the own message is copied.
+        sent: tensors for each rank, of the sizes that these expect.
+        group: of gloo.
     """
 
-    def __init__(self, received: Sequence[Tensor], sent: Sequence[Tensor], group: Group) -> None:
-        self._kept = sent  # gloo reads them until the end
-        self._works: list[dist.Work | None] = []
-        others = [other % group.size for other in range(group.rank + 1, group.rank + group.size)]
-        if group.handle is not None:
-            group.traffic.calls += 1
-            group.traffic.sent_bytes += sum(sent[other].nbytes for other in others)
-        for other in others:
-            if received[other].numel():
-                self._works.append(dist.irecv(received[other], group=group.handle, group_src=other))
-        for other in others:
-            if sent[other].numel():
-                self._works.append(dist.isend(sent[other], group=group.handle, group_dst=other))
-        received[group.rank].copy_(sent[group.rank])
+    def __init__(
+        self, received: Sequence[Tensor], sent: Sequence[Tensor], group: dist.ProcessGroup
+    ) -> None:
+        rank, size = group.rank(), group.size()
+        others = [other % size for other in range(rank + 1, rank + size)]
+        self._kept = [part.contiguous() for part in sent]  # gloo reads them until the end
+        self._works: list[dist.Work | None] = [
+            group.recv([received[other]], other, 0) for other in others if received[other].numel()
+        ]
+        self._works += [
+            group.send([self._kept[other]], other, 0) for other in others if sent[other].numel()
+        ]
+        received[rank].copy_(sent[rank])
 
     def wait(self) -> None:
         """Return when everything has been received and sent."""
         for work in self._works:
             if work is not None:
                 work.wait()
-        self._works = []
+        self._works, self._kept = [], []

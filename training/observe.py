@@ -1,8 +1,9 @@
 """Count what a step does across ranks and between device and host, by watching the calls.
 
-For tests and benchmarks. While `observe` is active, the collectives of torch.distributed and the
-methods by which a host reads a tensor are counted; reads inside MoE layers (both passes) apart,
-because each would make the host wait for a GPU in the middle of a step.
+For tests and benchmarks. While `observe` is active, exchanges (`parallel/collectives.py`), the
+other collectives of torch.distributed and the methods by which a host reads a tensor are counted;
+reads inside MoE layers (both passes) apart, because each would make the host wait for a GPU in the
+middle of a step.
 """
 
 from collections import Counter
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from gatewise.moe import compute
 from gatewise.moe.layer import MoELayer
+from gatewise.parallel import collectives
 
 __all__ = ["Observed", "observe"]
 
@@ -24,7 +26,6 @@ _COLLECTIVES = (
     "all_gather_into_tensor",
     "all_gather_single",
     "all_reduce",
-    "all_to_all_single",
     "barrier",
     "broadcast",
     "reduce_scatter_tensor",
@@ -63,6 +64,8 @@ def observe() -> Iterator[Observed]:
             if hasattr(dist, name):
                 watched = _watch_collective(seen, name, getattr(dist, name))
                 stack.enter_context(patch.object(dist, name, watched))
+        exchange = _watch_exchange(seen, collectives.start_exchange)
+        stack.enter_context(patch.object(collectives, "start_exchange", exchange))
         for name in _READS:
             read = _watch_read(seen, getattr(torch.Tensor, name))
             stack.enter_context(patch.object(torch.Tensor, name, read))
@@ -76,16 +79,20 @@ def observe() -> Iterator[Observed]:
 
 def _watch_collective(seen: Observed, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     def watched(*args: Any, **kwargs: Any) -> Any:  # whatever the collective takes
-        tensor = args[0] if args else None
-        if name == "all_to_all_single" and isinstance(tensor, torch.Tensor):
-            if tensor.is_floating_point():
-                seen.rows += 1
-            else:
-                seen.metadata += 1
-                seen.metadata_in_layers += seen.depth > 0
-        else:
-            seen.others[name] += 1
+        seen.others[name] += 1
         return call(*args, **kwargs)
+
+    return watched
+
+
+def _watch_exchange(seen: Observed, call: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(received: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # as the exchange
+        if received.is_floating_point():
+            seen.rows += 1
+        else:
+            seen.metadata += 1
+            seen.metadata_in_layers += seen.depth > 0
+        return call(received, *args, **kwargs)
 
     return watched
 
