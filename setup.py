@@ -8,10 +8,11 @@ packages = [f"gatewise.{folder}" for folder in FOLDERS]
 for folder in FOLDERS:
     packages += [f"gatewise.{folder}.{name}" for name in find_packages(folder)]
 
-WANDB = ["wandb>=0.19"]
+WANDB = ["wandb>=0.31"]
+DASHBOARD = ["wandb-workspaces>=0.4.13,<0.5"]
 DEEPSPEED = ["deepspeed>=0.19", "ninja"]
 MEGATRON = ["megatron-core>=0.16"]
-REPORT = ["plotly>=5.20"]
+REPORT = ["plotly>=6"]
 HF = ["transformers>=5.0"]
 DEV = [
     "pytest>=8",
@@ -21,6 +22,9 @@ DEV = [
     "mypy==2.4.1",
     "codespell>=2.3",
     "scipy>=1.11",
+    *WANDB,
+    *DASHBOARD,
+    *REPORT,
 ]
 
 setup(
@@ -49,10 +53,11 @@ setup(
         "wandb": WANDB,
         "deepspeed": DEEPSPEED,
         "megatron": MEGATRON,
+        "dashboard": WANDB + DASHBOARD,
         "report": REPORT,
         "hf": HF,
         "dev": DEV,
-        "all": WANDB + DEEPSPEED + MEGATRON + REPORT + HF,
+        "all": WANDB + DASHBOARD + DEEPSPEED + MEGATRON + REPORT + HF,
     },
     entry_points={"console_scripts": ["gatewise=gatewise.launch.cli:main"]},
 )

@@ -9,9 +9,10 @@ from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
+from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import TrainConfig, WandbMode
 from gatewise.training.console import ConsoleSink
-from gatewise.training.sinks import JsonlSink, MetricSink
+from gatewise.training.sinks import AttemptLog, JsonlSink, MetricSink
 from gatewise.training.wandb_sink import WandbSink, check_wandb
 
 __all__ = ["check_tracking", "make_sinks", "wandb_mode"]
@@ -20,6 +21,11 @@ __all__ = ["check_tracking", "make_sinks", "wandb_mode"]
 def check_tracking(config: TrainConfig) -> None:
     """Raise `ConfigError` for a sink that was asked for and cannot be had."""
     check_wandb(config.wandb)
+    if config.wandb.mode is WandbMode.online and not _has_key(os.environ):
+        raise ConfigError(
+            "wandb.mode is online but there is no key: set WANDB_API_KEY, run `wandb login`, or "
+            "set wandb.mode=offline"
+        )
 
 
 def make_sinks(config: TrainConfig, folder: Path) -> list[MetricSink]:
@@ -29,7 +35,11 @@ def make_sinks(config: TrainConfig, folder: Path) -> list[MetricSink]:
         config: the whole settings.
         folder: of the run.
     """
-    sinks: list[MetricSink] = [JsonlSink(folder / "metrics.jsonl"), ConsoleSink(config.steps)]
+    sinks: list[MetricSink] = [
+        JsonlSink(folder / "metrics.jsonl"),
+        AttemptLog(folder / "attempts.jsonl"),
+        ConsoleSink(config.steps),
+    ]
     mode = wandb_mode(config.wandb.mode, os.environ)
     if mode is not WandbMode.off:
         settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
@@ -64,7 +74,7 @@ def wandb_mode(setting: WandbMode, environ: Mapping[str, str]) -> WandbMode:
 
 
 def _has_key(environ: Mapping[str, str]) -> bool:
-    if environ.get("WANDB_API_KEY"):
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:

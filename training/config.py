@@ -15,6 +15,7 @@ from gatewise.routers.config import RouterConfig, Selector
 from gatewise.training.schedule_config import ScheduleConfig
 
 __all__ = [
+    "Artifacts",
     "BatchConfig",
     "CheckpointConfig",
     "DataConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "Tokenizer",
     "TrainConfig",
     "WandbConfig",
+    "WandbMode",
 ]
 
 
@@ -60,6 +62,14 @@ class WandbMode(Enum):
     auto = "auto"  # when the extra is installed: online with a key, offline without
     online = "online"
     offline = "offline"
+
+
+class Artifacts(Enum):
+    """How the last checkpoint of a run goes to Weights & Biases."""
+
+    off = "off"
+    reference = "reference"  # path and checksums; the files stay where they are
+    upload = "upload"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -204,7 +214,20 @@ class WandbConfig:
     mode: WandbMode = WandbMode.auto
     project: str = "gatewise"
     entity: str | None = None
-    group: str | None = None
+    group: str | None = None  # runs that belong together, as those of a sweep
+    job_type: str = "train"
+    tags: str | None = None  # separated by commas
+    max_keys: int = 1000  # numbers of a record at most; above, layers are left out evenly
+    checkpoints: Artifacts = Artifacts.off  # the last checkpoint as an artifact
+    finish_seconds: float = 60.0  # to wait at the end for a service that does not answer
+
+    def __post_init__(self) -> None:
+        if self.max_keys < 1:
+            raise ConfigError(f"wandb.max_keys is {self.max_keys}; it must be at least 1")
+        if not 0 < self.finish_seconds <= 3600:
+            raise ConfigError(
+                f"wandb.finish_seconds is {self.finish_seconds}; it must be above 0, at most 3600"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from gatewise.parallel.collectives import Group
 from gatewise.routers.api import RoutingContext
 from gatewise.training.config import EvaluationConfig
 from gatewise.training.data import PreparedData
+from gatewise.training.measures.churn import RouteProbe
 from gatewise.training.sequences import Windows, validation_windows
 from gatewise.training.step import language_loss
 
@@ -34,6 +35,7 @@ class Evaluation:
     nats: float
     tokens: int
     text_bytes: int  # that the targets stand for; end-of-text tokens stand for none
+    churn: float | None = None  # share of probed pairs whose expert changed; None: not known
 
     @property
     def loss(self) -> float:
@@ -52,12 +54,13 @@ class Evaluation:
 
     def record(self) -> dict[str, float]:
         """Return the values by the names that records use."""
-        return {
+        values = {
             "val/loss": self.loss,
             "val/bits_per_byte": self.bits_per_byte,
             "val/perplexity": self.perplexity,
             "val/tokens": self.tokens,
         }
+        return values if self.churn is None else values | {"val/router_churn": self.churn}
 
 
 @torch.no_grad()
@@ -70,6 +73,7 @@ def evaluate(
     control: Group,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
+    probe: RouteProbe | None = None,
 ) -> Evaluation:
     """Score every target of the validation split once.
 
@@ -84,6 +88,7 @@ def evaluate(
         control: all ranks.
         device: of the model.
         stop: asked between passes; where it is true on one rank, all stop.
+        probe: compares the first pass's experts with those of the evaluation before.
 
     Raises:
         EvaluationStopped: on all ranks, if `stop` was true on one.
@@ -93,7 +98,7 @@ def evaluate(
         tokens = tokens[: config.tokens + 1]
     windows = validation_windows(len(tokens), sequence_length, config.stride)
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     split = model.split  # ranks that share sequences read the same windows
@@ -118,11 +123,14 @@ def evaluate(
         sums[0] += language_loss(model, output, target_WS)
         sums[1] += (target_WS >= 0).sum()
         sums[2] += bytes_here.to(device)
+        if probe is not None and first == 0:
+            sums[3:] = probe.compare(output.routings).to(device)
     if control.handle is not None:
         dist.all_reduce(sums, group=control.handle)
     model.train(was_training)
-    nats, count, text_bytes = sums.tolist()
-    return Evaluation(nats, int(count), int(text_bytes))
+    nats, count, text_bytes, kept, pairs = sums.tolist()
+    churn = 1 - kept / pairs if pairs else None
+    return Evaluation(nats, int(count), int(text_bytes), churn)
 
 
 def _asked_to_stop(stop: Callable[[], bool], control: Group, device: torch.device) -> bool:

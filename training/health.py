@@ -6,6 +6,7 @@ Names:   `group/name_unit`; `moe/` values are over all layers, `moe/layer_03/...
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,8 +83,11 @@ class HealthMeter:
             squares_LE = expert_squares(reducer.buckets, self._num_experts)
             self._norm_squares = squares_LE.flatten() / reducer.divisor**2
 
-    def drain(self, control: Group) -> dict[str, float]:
+    def drain(self, control: Group) -> dict[str, Any]:
         """Return the window's values over all ranks and start a new window.
+
+        Beside single numbers there is `experts/load_ratio`: for each MoE layer a list of the
+        experts' demand over its mean.
 
         Args:
             control: all ranks.
@@ -107,11 +111,14 @@ class HealthMeter:
         counts, sums, squares, largest = packed.split(
             (cut, self._sums.numel(), cut, largest_RL.numel())
         )
-        values = summarise(
-            counts.view(self._layers, self._num_experts),
-            sums.view(self._sums.shape),
-            largest.view_as(largest_RL).amax(0),
-        )
+        count_LE = counts.view(self._layers, self._num_experts)
+        values: dict[str, Any] = {
+            **summarise(count_LE, sums.view(self._sums.shape), largest.view_as(largest_RL).amax(0))
+        }
+        ratio_LE = count_LE / count_LE.mean(-1, keepdim=True).clamp(min=1e-9)
+        values["experts/load_ratio"] = [
+            [round(ratio, 4) for ratio in row] for row in ratio_LE.tolist()
+        ]
         norms = squares.sqrt().sort().values
         for name, place in (("min", 0), ("median", norms.numel() // 2), ("max", -1)):
             values[f"grad/expert_norm_{name}"] = float(norms[place])

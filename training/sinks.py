@@ -7,13 +7,17 @@ rank 0 has sinks.
 
 import contextlib
 import json
+import logging
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-__all__ = ["JsonlSink", "MetricSink", "close_all", "read_records"]
+__all__ = ["AttemptLog", "JsonlSink", "MetricSink", "close_all", "read_records"]
+
+_log = logging.getLogger(__name__)
 
 
 class MetricSink(Protocol):
@@ -93,6 +97,32 @@ class JsonlSink:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self._path)
+
+
+class AttemptLog:
+    """One JSON line for each start of the training: when, and after which step it goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def resume(self, step: int) -> None:
+        """Append this start; a full disk is only worth a warning."""
+        try:
+            number = 1
+            if self._path.exists():
+                number += self._path.read_bytes().count(b"\n")
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            line = json.dumps({"attempt": number, "step": step, "time": now})
+            with open(self._path, "a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            _log.warning("%s cannot be written (%s)", self._path, error.strerror or error)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Nothing: only starts are kept."""
+
+    def close(self) -> None:
+        """Nothing: every line was written at once."""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

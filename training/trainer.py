@@ -37,6 +37,7 @@ from gatewise.training.evaluate import Evaluation, EvaluationStopped, evaluate
 from gatewise.training.hash_table import balance_hash_table
 from gatewise.training.health import HealthMeter
 from gatewise.training.lane_meter import LaneMeter
+from gatewise.training.measures.churn import RouteProbe
 from gatewise.training.optim import ShardedAdamW, learning_rate, load_apex_adam
 from gatewise.training.resume import Progress, RunCheckpoints
 from gatewise.training.schedule import plan_schedule
@@ -146,6 +147,7 @@ class Trainer:
             ahead=config.router.ahead.learns and not config.router.ahead.weighs,
         )
         self.checkpoints = RunCheckpoints(config, runtime, data, folder)
+        self.probe = RouteProbe()
         self.progress = Progress()
 
     def _schedule_layers(self, folder: Path) -> None:
@@ -216,6 +218,7 @@ class Trainer:
             control=self.runtime.groups.control,
             device=self.runtime.device,
             stop=lambda: self.stop_requested,
+            probe=self.probe,
         )
 
     def _evaluate_unless_stopped(self) -> Evaluation | None:

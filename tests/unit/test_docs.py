@@ -22,7 +22,7 @@ from gatewise.launch.generate import GenerateConfig
 from gatewise.launch.plan import PlanConfig
 from gatewise.launch.simulate import SimulateConfig
 from gatewise.parallel.errors import ConfigError
-from gatewise.training.config import RunConfig, TrainConfig
+from gatewise.training.config import EvaluationConfig, RunConfig, TrainConfig
 from gatewise.training.distil_config import DistilConfig
 
 ROOT = Path(__file__).parents[2]
@@ -218,7 +218,8 @@ def test_the_page_on_training_explains_every_metric_and_no_other(tmp_path: Path)
     cells = re.findall(r"^\| (`.+?) \|", table, re.M)
     explained = {key for cell in cells for key in SPAN.findall(cell)}
     assert len(explained) > 30
-    records = run(tiny(2), make_text(tmp_path), tmp_path / "run").records
+    config = tiny(2, evaluation=EvaluationConfig(every=1, tokens=400, micro=4))
+    records = run(config, make_text(tmp_path), tmp_path / "run").records
     recorded = {key for record in records for key in record}
     layers = {key for key in recorded if re.match(r"moe/layer_\d\d/", key)}
     values = {key.removeprefix("moe/") for key in recorded - layers if key.startswith("moe/")}

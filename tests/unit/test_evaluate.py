@@ -11,10 +11,12 @@ from training_runs import make_text
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.model import Decoder, DecoderOutput
 from gatewise.parallel.collectives import NO_GROUP
+from gatewise.routers.api import Routing
 from gatewise.routers.config import RouterConfig
 from gatewise.training.config import DataConfig, EvaluationConfig, Tokenizer
 from gatewise.training.data import PreparedData, prepare_data
 from gatewise.training.evaluate import Evaluation, evaluate
+from gatewise.training.measures.churn import RouteProbe
 from gatewise.training.step import language_loss
 
 
@@ -125,3 +127,16 @@ def test_the_sums_of_nothing_are_finite() -> None:
     empty = Evaluation(nats=0.0, tokens=0, text_bytes=0)
     assert empty.loss == empty.bits_per_byte == 0
     assert Evaluation(nats=1e6, tokens=1, text_bytes=1).perplexity == math.inf
+
+
+def test_churn_is_the_share_of_pairs_that_the_look_before_did_not_have() -> None:
+    def look(probe: RouteProbe, expert_TK: list[list[int]]) -> list[float]:
+        routing = Routing(torch.tensor(expert_TK), torch.ones(1))
+        return probe.compare([routing, routing]).tolist()
+
+    probe = RouteProbe()
+    assert look(probe, [[0, 1], [2, -1]]) == [0, 0]  # nothing to compare with
+    assert look(probe, [[1, 0], [3, 2]]) == [6, 8]  # places do not matter, a new expert does
+    assert look(probe, [[1, 0], [-1, -1]]) == [4, 4]  # what is padding or dropped does not count
+    assert look(probe, [[1], [1]]) == [0, 0]
+    assert probe.compare([]).tolist() == [0, 0]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gatewise.training.sinks import JsonlSink, close_all, read_records
+from gatewise.training.sinks import AttemptLog, JsonlSink, close_all, read_records
 
 
 def steps(path: Path) -> list[int]:
@@ -110,6 +110,17 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     sink._is_settled = True  # there is nothing to read back from a device
     with pytest.raises(RuntimeError, match=r"m\.jsonl cannot be written \(No space left"):
         sink.write({"step": 1, "train/loss": 1.0})
+
+
+def test_every_start_is_kept_with_the_step_it_goes_on_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (0, 40):
+        AttemptLog(tmp_path / "attempts.jsonl").resume(step)
+    lines = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
+    assert [(line["attempt"], line["step"]) for line in lines] == [(1, 0), (2, 40)]
+    AttemptLog(tmp_path / "none" / "attempts.jsonl").resume(0)
+    assert "attempts.jsonl cannot be written (No such file or directory)" in caplog.text
 
 
 class Failing:

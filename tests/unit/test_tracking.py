@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gatewise.launch.tracking import make_sinks, wandb_mode
+from gatewise.launch.tracking import check_tracking, make_sinks, wandb_mode
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import TrainConfig, WandbConfig, WandbMode
 from gatewise.training.wandb_sink import WandbSink, check_wandb
@@ -23,11 +23,12 @@ class Recorder:
         self.records: list[dict[str, Any]] = []
         self.is_broken = False
         self.is_finished = False
+        self.summary: dict[str, Any] = {}
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self.defined.append((name, step_metric))
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, Any], step: int | None = None, commit: bool = False) -> None:
         if self.is_broken:
             raise ConnectionError("the network\nis gone")
         self.records.append(values)
@@ -48,6 +49,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     module.__spec__ = SimpleNamespace()  # type: ignore[assignment]  # only its presence is asked
     module.init = init  # type: ignore[attr-defined]
     module.Settings = lambda **options: options  # type: ignore[attr-defined]
+    module.Histogram = lambda np_histogram: np_histogram  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -55,18 +57,52 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return run
 
 
-def start(folder: Path) -> WandbSink:
-    return WandbSink(WandbConfig(), name="x", folder=folder, settings={"a": 1}, offline=True)
+def start(folder: Path, **settings: Any) -> WandbSink:
+    config = WandbConfig(**settings)
+    sink = WandbSink(config, name="x", folder=folder, settings={"a": 1}, offline=True)
+    sink.resume(0)
+    return sink
 
 
-def test_steps_go_on_an_axis_of_their_own(recorder: Recorder, tmp_path: Path) -> None:
+def test_a_row_holds_all_of_a_step_on_an_axis_of_its_own(
+    recorder: Recorder, tmp_path: Path
+) -> None:
     sink = start(tmp_path)
-    sink.write({"step": 3, "train/loss": 2.0, "load": [1, 2]})
+    sink.write({"step": 3, "train/loss": 2.0, "list": [1, 2]})
+    sink.write({"step": 3, "val/loss": 2.5})
+    sink.write({"step": 4, "train/loss": 1.0})
     sink.close()
     assert recorder.defined == [("train/step", None), ("*", "train/step")]
-    assert recorder.records == [{"train/step": 3, "train/loss": 2.0}]
+    assert recorder.records == [
+        {"train/step": 3, "train/loss": 2.0, "val/loss": 2.5},
+        {"train/step": 4, "train/loss": 1.0},
+    ]
+    assert recorder.summary == {"train/loss": 1.0, "val/loss": 2.5, "val/loss_best": 2.5}
     assert recorder.started["mode"] == "offline"
     assert recorder.is_finished
+
+
+def test_above_the_budget_of_keys_layers_are_left_out_evenly(
+    recorder: Recorder, tmp_path: Path
+) -> None:
+    record: dict[str, Any] = {"step": 1, "train/loss": 2.0, "moe/cv": 0.5}
+    record |= {f"moe/layer_{i:02d}/{name}": 0.0 for i in range(9) for name in ("cv", "drop_frac")}
+    sink = start(tmp_path, max_keys=8)
+    sink.write(record)
+    sink.close()
+    layers = {key.split("/")[1] for key in recorder.records[0] if "layer" in key}
+    assert layers == {"layer_00", "layer_04", "layer_08"}
+    assert {"train/loss", "moe/cv"} <= recorder.records[0].keys()
+
+
+def test_many_experts_share_the_bins_of_a_histogram(recorder: Recorder, tmp_path: Path) -> None:
+    sink = start(tmp_path)
+    sink.write({"step": 1, "train/loss": 2.0, "experts/load_ratio": [[1.0, 3.0] * 512, [1.0] * 4]})
+    sink.close()
+    values, edges = recorder.records[0]["experts/load_layer_00"]
+    assert values == [2.0] * 512
+    assert (len(edges), edges[0], edges[-1]) == (513, 0.0, 1024.0)
+    assert recorder.records[0]["experts/load_layer_01"] == ([1.0] * 4, [0.0, 1.0, 2.0, 3.0, 4.0])
 
 
 def test_a_resumed_run_keeps_its_identity(recorder: Recorder, tmp_path: Path) -> None:
@@ -84,7 +120,7 @@ def test_a_failure_is_logged_once_and_training_goes_on(
     recorder.is_broken = True
     with caplog.at_level(logging.WARNING):
         for step in range(3):
-            sink.write({"step": step})
+            sink.write({"step": step, "train/loss": 1.0})
         sink.close()
     assert len(caplog.records) == 1
     assert "the network is gone" in caplog.text
@@ -112,6 +148,18 @@ def test_a_key_in_netrc_counts(tmp_path: Path) -> None:
     assert wandb_mode(WandbMode.auto, environ) is WandbMode.online
 
 
+@pytest.mark.usefixtures("recorder")
+def test_online_without_a_key_is_refused_before_ranks_start() -> None:
+    with pytest.raises(ConfigError, match=r"wandb\.mode is online but there is no key"):
+        check_tracking(TrainConfig(wandb=WandbConfig(mode=WandbMode.online)))
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_keys", 0), ("finish_seconds", 0.0)])
+def test_impossible_limits_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"wandb\.{field} is {value}; it must be"):
+        WandbConfig(**{field: value})  # type: ignore[arg-type]
+
+
 def test_without_the_package_auto_is_off_and_a_wish_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -126,8 +174,10 @@ def test_a_run_has_the_file_and_the_console_and_wandb_if_it_is_there(
     recorder: Recorder, tmp_path: Path
 ) -> None:
     config = TrainConfig()
-    names = [type(sink).__name__ for sink in make_sinks(config, tmp_path)]
-    assert names == ["JsonlSink", "ConsoleSink", "WandbSink"]
+    sinks = make_sinks(config, tmp_path)
+    names = [type(sink).__name__ for sink in sinks]
+    assert names == ["JsonlSink", "AttemptLog", "ConsoleSink", "WandbSink"]
+    sinks[-1].resume(0)
     assert recorder.started["config"]["precision"] == "auto"
     config.wandb.mode = WandbMode.off
-    assert len(make_sinks(config, tmp_path)) == 2
+    assert len(make_sinks(config, tmp_path)) == 3
