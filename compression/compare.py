@@ -6,9 +6,10 @@ differences tell small effects of quantisation apart.
 Shapes:  W windows   S positions
 """
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -41,6 +42,21 @@ class Scores:
     def accuracy(self) -> float:
         """Share of targets that the most likely token was."""
         return float(self.right_W.sum()) / max(int(self.targets_W.sum()), 1)
+
+    def to_json(self) -> str:
+        """Return it as text, exactly."""
+        record = {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+        return json.dumps(record) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Scores":
+        """Read what `to_json` wrote."""
+        record = json.loads(text)
+        return Scores(
+            nats_W=torch.tensor(record["nats_W"], dtype=torch.float64),
+            right_W=torch.tensor(record["right_W"], dtype=torch.int64),
+            targets_W=torch.tensor(record["targets_W"], dtype=torch.int64),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ Shapes:  T tokens   R rows of one expert   D model width   K experts per token, 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from torch.overrides import TorchFunctionMode
 from gatewise.compression.stream import BlockStream
 from gatewise.moe.attention import Attention
 from gatewise.moe.config import Activation
+from gatewise.moe.layer import MoELayer
 from gatewise.moe.model import Block
+from gatewise.moe.ops.activate import activate
 from gatewise.parallel.errors import DataError
-from gatewise.routers.api import Routing
+from gatewise.routers.api import Routing, RoutingContext
 
 __all__ = [
     "ExpertRows",
@@ -62,6 +64,8 @@ class ExpertRows:
 def see_feed_forward(stream: BlockStream, block: Block) -> Seen:
     """Run the batches through a block and keep what its feed-forward layer sees.
 
+    Its experts do not run.
+
     Raises:
         DataError: if an input is not finite.
     """
@@ -73,9 +77,10 @@ def see_feed_forward(stream: BlockStream, block: Block) -> Seen:
 
     hook = block.feed_forward.register_forward_pre_hook(before)
     try:
-        for _, routing, _ in stream.run(block):
-            if routing is not None:
-                routings.append(routing)
+        with _without_experts(block, routings):
+            for _, routing, _ in stream.run(block):
+                if routing is not None and routing.slots is not None:
+                    routings.append(routing)
     finally:
         hook.remove()
     x_TD = torch.cat(inputs)
@@ -111,7 +116,8 @@ def attention_hessians(stream: BlockStream, block: Block) -> dict[str, Tensor]:
         check_finite(x_TK, block.layer, "attention")
         sums[name] += gram(x_TK)
 
-    with _linear_inputs(dict(module.named_parameters(recurse=False)), add):
+    weights = dict(module.named_parameters(recurse=False))
+    with _linear_inputs(weights, add), _without_experts(block, []):
         for _ in stream.run(block):
             pass
     return sums
@@ -162,11 +168,27 @@ def blend(own_KK: Tensor, rows: int, prior_KK: Tensor, prior_rows: int) -> tuple
 
 def inner_activations(x_RD: Tensor, w_in_GD: Tensor, activation: Activation) -> Tensor:
     """Return the inputs (R, F) of an expert's second matrix."""
-    hidden_RG = x_RD @ w_in_GD.t()
-    if activation is Activation.swiglu:
-        gate_RF, up_RF = hidden_RG.chunk(2, dim=1)
-        return F.silu(gate_RF) * up_RF
-    return F.gelu(hidden_RG) if activation is Activation.gelu else hidden_RG.relu()
+    return activate(F.linear(x_RD, w_in_GD), activation)
+
+
+@contextmanager
+def _without_experts(block: Block, routings: list[Routing]) -> Iterator[None]:
+    """Keep each routing as it was decided, and send no token to an expert."""
+    layer = block.feed_forward
+    if not isinstance(layer, MoELayer):
+        yield
+        return
+
+    def drop(_x_TD: Tensor, routing: Routing, _context: RoutingContext) -> Routing:
+        routings.append(routing)
+        nobody_TK = torch.full_like(routing.expert_TK, -1)
+        return replace(routing, expert_TK=nobody_TK, variable=True)
+
+    before, layer.prune = layer.prune, drop
+    try:
+        yield
+    finally:
+        layer.prune = before
 
 
 @contextmanager

@@ -92,10 +92,11 @@ class PruneStage:
         replace_file(self.partial / PRUNE_FILE, pruning.to_json())
         return pruning, all_found
 
-    def count(self, pruning: Pruning) -> dict[int, list[int]]:
-        """Return per layer how many tokens each expert still gets, with all layers pruned."""
+    def count(self, pruning: Pruning | None) -> dict[int, list[int]]:
+        """Return per layer how many tokens each expert gets, with all layers pruned or none."""
         stream = self.make_stream()
-        apply_pruning(stream.model, pruning)
+        if pruning is not None:
+            apply_pruning(stream.model, pruning)
         counts: dict[int, list[int]] = {}
         for _, layer in self._blocks("count", stream):
             for routing in stream.advance(stream.block(layer)):

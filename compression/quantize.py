@@ -178,11 +178,11 @@ class _Run:
         """Find the grid of the group that starts at a column."""
         place = start // self._group
         importance_Eg = self._importance_EK[:, start : start + w_ENg.shape[2]]
-        for width in set(self._bits):
-            chosen = [matrix for matrix, bits in enumerate(self._bits) if bits == width]
-            scale_EN, zero_EN = fit_grid(w_ENg[chosen], importance_Eg[chosen], width, self._search)
-            self._scale_ENG[chosen, :, place] = scale_EN
-            self._zero_ENG[chosen, :, place] = zero_EN
+        for matrix, width in enumerate(self._bits):  # one by one: what is tried stays in the caches
+            here = slice(matrix, matrix + 1)
+            scale_1N, zero_1N = fit_grid(w_ENg[here], importance_Eg[here], width, self._search)
+            self._scale_ENG[here, :, place] = scale_1N
+            self._zero_ENG[here, :, place] = zero_1N
 
     def quantise(self, column: int, w_EN: Tensor) -> Tensor:
         """Set the codes of a column and return their values."""

@@ -129,7 +129,8 @@ def quantize_block(
             router = block.feed_forward.router
             assert isinstance(router, ComposedRouter)
             done.repair = fit_router(router, seen, target, ridge=ridge)
-            seen = see_feed_forward(stream, block)
+            if done.repair["step"] > 0:
+                seen = see_feed_forward(stream, block)
         _quantise_experts(seen, block.feed_forward, plan, block.layer, quantiser, done)
         if isinstance(block.feed_forward.shared, FeedForward):
             parts = plan.of_layer(block.layer, "shared")

@@ -13,7 +13,7 @@ import torch
 
 from gatewise.compression.artefact import place_kept, read_tensors, take_part
 from gatewise.compression.formats import TERNARY
-from gatewise.compression.pipeline import build_empty, planned_shapes
+from gatewise.compression.load import build_empty, planned_shapes
 from gatewise.compression.plan import Part, Plan
 from gatewise.compression.quantize import Quantized
 from gatewise.compression.stream import check_names, give_memory

@@ -114,7 +114,8 @@ def _compress(config: CompressConfig, stored: "Stored", folder: Path) -> Mapping
     import json
 
     from gatewise.compression.artefact import ARTEFACT, is_artefact, verify_artefact
-    from gatewise.compression.pipeline import Source, compress
+    from gatewise.compression.pipeline import compress
+    from gatewise.compression.work import Source
     from gatewise.launch.restore import restore_data
     from gatewise.launch.world import threads_per_rank
     from gatewise.parallel.config import ParallelConfig

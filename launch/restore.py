@@ -10,7 +10,7 @@ import torch
 
 from gatewise.compression.artefact import find_artefact, is_artefact, read_plan, verify_artefact
 from gatewise.compression.config import Weights
-from gatewise.compression.pipeline import load_compressed
+from gatewise.compression.load import load_compressed
 from gatewise.compression.pruning import apply_pruning, read_pruning
 from gatewise.compression.runtime import load_packed
 from gatewise.conf.compose import config_from_yaml

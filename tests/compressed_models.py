@@ -25,9 +25,11 @@ from gatewise.compression.config import (
     TextConfig,
 )
 from gatewise.compression.formats import ZeroPoint
-from gatewise.compression.pipeline import Source, build_empty, compress
+from gatewise.compression.load import build_empty
+from gatewise.compression.pipeline import compress
 from gatewise.compression.plan import Plan, list_parts
 from gatewise.compression.statistics import LayerStatistics
+from gatewise.compression.work import Source
 from gatewise.moe.model import Decoder
 from gatewise.routers.config import RouterConfig
 from gatewise.training.checkpointer import find_latest, read_meta

@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from gatewise.compression.artefact import find_artefact, read_parts, read_plan, verify_artefact
 from gatewise.compression.config import Allocation, CompressConfig, Granularity
-from gatewise.compression.pipeline import Source, load_compressed
+from gatewise.compression.load import load_compressed
+from gatewise.compression.work import Source
 from gatewise.parallel.errors import CheckpointError, ConfigError
 
 

@@ -23,8 +23,8 @@ from gatewise.compression.export.layout import choose_layout
 from gatewise.compression.export.write import export_artefact
 from gatewise.compression.formats import TERNARY, ZeroPoint
 from gatewise.compression.grids import GridSearch
-from gatewise.compression.pipeline import Source
 from gatewise.compression.quantize import round_to_nearest
+from gatewise.compression.work import Source
 from gatewise.launch.restore import open_checkpoint, restore_model
 from gatewise.moe.config import Activation
 from gatewise.moe.model import Decoder

@@ -11,16 +11,18 @@ import pytest
 import torch
 from compressed_models import compressed, settings, trained
 
-from gatewise.compression import pipeline
+from gatewise.compression import pipeline, work
 from gatewise.compression.compare import Scores, compare_scores, score_windows
 from gatewise.compression.config import Allocation, CalibrationConfig, Method, TextConfig
 from gatewise.compression.cover import choose_sequences
-from gatewise.compression.pipeline import Source, build_empty
+from gatewise.compression.load import build_empty
 from gatewise.compression.stream import check_names
+from gatewise.compression.work import Source
 from gatewise.launch.compress import comparison_table
 from gatewise.launch.restore import open_checkpoint, restore_model, restore_tokenizer
 from gatewise.moe.model import Decoder
 from gatewise.parallel.errors import CheckpointError, DataError
+from gatewise.training.state import model_ranges
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,7 @@ def test_calibration_that_is_too_small_is_refused(source: Source, tmp_path: Path
 def test_activations_that_are_not_finite_are_named(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill = pipeline._fill
+    fill = work.fill_ranges
 
     def spoil(path: Path, ranges: dict[str, Any]) -> None:
         fill(path, ranges)
@@ -167,14 +169,14 @@ def test_activations_that_are_not_finite_are_named(
             if name == "model/blocks.1.attention.w_out":
                 part.data[3] = math.nan
 
-    monkeypatch.setattr(pipeline, "_fill", spoil)
+    monkeypatch.setattr(work, "fill_ranges", spoil)
     with pytest.raises(DataError, match="layer 1: the inputs of its feed-forward matrices"):
         compressed(source, settings(allocation=Allocation.fnorm2), tmp_path)
 
 
 def test_unknown_and_missing_tensors_of_a_checkpoint_are_named(source: Source) -> None:
     model = build_empty(source.config, 257)
-    saved = {name: part.shape for name, part in pipeline.model_ranges(model).items()}
+    saved = {name: part.shape for name, part in model_ranges(model).items()}
     check_names(model, saved, source="x")
     with pytest.raises(CheckpointError, match="holds 'model/extra'"):
         check_names(model, {**saved, "model/extra": (3,)}, source="x")

@@ -20,9 +20,9 @@ from gatewise.compression.config import (
     PruneRule,
     Weights,
 )
-from gatewise.compression.pipeline import Source
 from gatewise.compression.prune_stage import check_prunable
 from gatewise.compression.pruning import Pruning, apply_pruning, read_pruning
+from gatewise.compression.work import Source
 from gatewise.conf.compose import load_settings
 from gatewise.launch.restore import open_checkpoint, restore_model
 from gatewise.moe.attention import KeyValueCache

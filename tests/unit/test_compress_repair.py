@@ -17,8 +17,8 @@ from gatewise.compression.config import (
     TextConfig,
 )
 from gatewise.compression.observe import Seen
-from gatewise.compression.pipeline import Source
 from gatewise.compression.repair import RouterTarget, check_repairable, fit_router
+from gatewise.compression.work import Source
 from gatewise.launch.restore import open_checkpoint, restore_model
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.api import RoutingContext

@@ -8,8 +8,8 @@ from torch import Tensor
 from training_runs import tiny
 
 from gatewise.compression.gradients import measure_gradients, read_gradients
+from gatewise.compression.load import build_empty
 from gatewise.compression.observe import attention_hessians, gram, see_feed_forward
-from gatewise.compression.pipeline import build_empty
 from gatewise.compression.plan import list_parts
 from gatewise.compression.stream import BlockStream
 from gatewise.moe.layer import MoELayer

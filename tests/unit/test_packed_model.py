@@ -9,9 +9,10 @@ from compressed_models import PLANS, compressed, settings, trained
 
 from gatewise.compression.artefact import read_parts, read_plan
 from gatewise.compression.config import PruneConfig, PruneRule, Weights
-from gatewise.compression.pipeline import Source, load_compressed
+from gatewise.compression.load import load_compressed
 from gatewise.compression.plan import Plan
 from gatewise.compression.runtime import load_packed, to_panels, weight_bytes
+from gatewise.compression.work import Source
 from gatewise.launch.restore import check_weights, open_checkpoint, restore_model
 from gatewise.moe.attention import KeyValueCache
 from gatewise.moe.model import Decoder
