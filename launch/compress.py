@@ -13,13 +13,14 @@ from gatewise.conf.compose import load_settings
 from gatewise.conf.fields import field_table
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import EXIT_REQUEUE, run_session
+from gatewise.launch.tracking import track_outcome
 from gatewise.launch.usage import usage_text
 from gatewise.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
     from gatewise.launch.restore import Stored  # imports torch
 
-__all__ = ["StageProgress", "comparison_table", "run", "usage"]
+__all__ = ["StageProgress", "comparison_table", "run", "tracked_numbers", "usage"]
 
 _SUMMARY = """Quantise a Mixture-of-Experts checkpoint: exact bit allocation, GPTQ, packing.
 checkpoint=PATH is a run's folder, its checkpoints folder or one step. A killed run goes on when the
@@ -113,6 +114,8 @@ def _claim(folder: RunFolder, config: CompressConfig, stored: "Stored") -> None:
 def _compress(config: CompressConfig, stored: "Stored", folder: Path) -> Mapping[str, Any]:
     import json
 
+    from omegaconf import OmegaConf
+
     from gatewise.compression.artefact import ARTEFACT, is_artefact, verify_artefact
     from gatewise.compression.pipeline import compress
     from gatewise.compression.work import Source
@@ -136,6 +139,16 @@ def _compress(config: CompressConfig, stored: "Stored", folder: Path) -> Mapping
             source = Source(stored.path, stored.config, stored.meta, data, runtime.device)
             path, report = compress(source, config, folder, progress)
     _show(report)
+    settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(settings, dict)
+    track_outcome(
+        "compress",
+        stored.config.wandb,
+        folder,
+        {str(key): value for key, value in settings.items()},
+        tracked_numbers(report),
+        step=stored.step,
+    )
     return {
         "checkpoint": str(stored.path),
         "compressed": str(path),
@@ -166,6 +179,23 @@ def _show(report: Mapping[str, Any]) -> None:
     print("\n".join(comparison_table(report)))
     if "prune" in report:
         _show_pruning(report)
+
+
+def tracked_numbers(report: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a compression by the names they have in W&B."""
+    bits, sizes = report["bits"], report["bytes"]
+    numbers = {
+        "compress/bits_experts": bits["experts"],
+        "compress/bits_paper": bits["paper"],
+        "compress/bits_all": bits["all_parameters"],
+        "compress/experts_bytes": sizes["experts"],
+        "compress/disk_bytes": sizes["on_disk"],
+    }
+    found = report.get("evaluation")
+    if found is not None:
+        names = ("loss_before", "loss_after", "delta_nats")
+        numbers |= {f"compress/{name}": found[name] for name in names}
+    return numbers
 
 
 def comparison_table(report: Mapping[str, Any]) -> list[str]:

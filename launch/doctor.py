@@ -38,6 +38,9 @@ class _Optional:
 
 _OPTIONAL = (
     _Optional("wandb", "wandb", "records in Weights & Biases", "pip install -e '.[wandb]'"),
+    _Optional(
+        "wandb-workspaces", "wandb_workspaces", "W&B dashboards", "pip install -e '.[dashboard]'"
+    ),
     _Optional("deepspeed", "deepspeed", "ZeRO and a peer", "pip install -e '.[deepspeed]'"),
     _Optional("megatron-core", "megatron.core", "a peer", "pip install -e '.[megatron]'"),
     _Optional("transformers", "transformers", "checks, a peer", "pip install -e '.[hf]'"),

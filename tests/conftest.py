@@ -1,5 +1,7 @@
 """Settings of every suite: one that ran no test has failed, skipped tests or not."""
 
+import os
+
 import pytest
 import torch
 
@@ -27,3 +29,9 @@ def regen_golden(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_tracking() -> None:
+    """Runs that tests start log to W&B only where the test asks for it."""
+    os.environ["WANDB_MODE"] = "disabled"

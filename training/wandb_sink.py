@@ -159,6 +159,7 @@ class WandbSink:
                     _told_by(error),
                     self._folder / "wandb",
                 )
+                _forget_failed_start()
         try:
             if self._run is None:
                 self._run = self._init(identity, "offline")
@@ -299,6 +300,16 @@ class WandbSink:
             "W&B is off for the rest of this run (%s); metrics.jsonl has every record",
             _told_by(error),
         )
+
+
+def _forget_failed_start() -> None:
+    """End the client's own process, which still holds the identity of the failed run."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except Exception as error:  # it may be gone already
+        _logger.debug("the client of W&B did not end in order: %s", error)
 
 
 def _group(key: str) -> str:

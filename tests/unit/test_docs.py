@@ -16,6 +16,7 @@ from gatewise.launch.bench_kernels import KernelBenchConfig
 from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.bench_schedule import ScheduleBenchConfig
 from gatewise.launch.cli import COMMANDS
+from gatewise.launch.dashboard import DashboardConfig, without_push
 from gatewise.launch.doctor import DoctorConfig, without_build
 from gatewise.launch.export import ExportConfig
 from gatewise.launch.generate import GenerateConfig
@@ -112,12 +113,14 @@ def parse(command: str) -> None:
             "export": ExportConfig,
             "bench layer": LayerBenchConfig,
             "bench schedule": ScheduleBenchConfig,
+            "dashboard": DashboardConfig,
             "distil": DistilConfig,
             "doctor": DoctorConfig,
             "plan": PlanConfig,
             "simulate": SimulateConfig,
         }
-        load_settings(schemas[name], without_build(rest) if name == "doctor" else rest)
+        rest = without_push(without_build(rest))
+        load_settings(schemas[name], rest)
 
 
 @pages()
