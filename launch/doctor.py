@@ -4,7 +4,6 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gatewise.conf.compose import load_settings
@@ -14,6 +13,7 @@ from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import EXIT_CRASH, run_session
 from gatewise.launch.usage import usage_text
 from gatewise.moe.ops.build import build_library, cache_folder, find_compiler, library_path
+from gatewise.training.apex_package import find_apex
 from gatewise.training.config import RunConfig
 
 __all__ = ["DoctorConfig", "run", "usage", "without_build"]
@@ -165,14 +165,17 @@ def _look_for(package: _Optional) -> dict[str, Any]:
 
 def _look_for_apex() -> dict[str, Any]:
     """Tell NVIDIA's Apex, which is built from source, from PyPI's package of the same name."""
-    found: dict[str, Any] = {"version": _version("apex"), "gives": "NVIDIA's fused optimizers"}
-    spec = importlib.util.find_spec("apex")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    found["importable"] = any((Path(folder) / "optimizers").is_dir() for folder in folders)
-    if spec and not found["importable"]:
-        found["problem"] = "an unrelated package named apex (from PyPI) is installed"
+    package = find_apex()
+    found: dict[str, Any] = {
+        "version": package.version,
+        "gives": "NVIDIA's fused optimizer and norms",
+        "importable": package.nvidia,
+    }
+    if package.problem is not None:
+        found["problem"] = package.problem
+    if package.unrelated:
         found["install"] = "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex"
-    elif not found["importable"]:
+    elif not package.nvidia:
         found["install"] = "build from github.com/NVIDIA/apex; never `pip install apex`"
     return found
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gatewise.conf.compose import config_to_yaml, group_choices, load_train_config
 from gatewise.conf.fields import field_table
 from gatewise.conf.schemas import GROUPS
+from gatewise.launch.engines import check_engine
 from gatewise.launch.rank_log import tell_user
 from gatewise.launch.run_folder import RunFolder, writable
 from gatewise.launch.session import (
@@ -56,6 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     place = detect_world(os.environ)
     config = load_train_config(_with_world_size(arguments, place))
     check_tracking(config)
+    check_engine(config)
     if config.checkpoint.load is not None:
         from gatewise.launch.restore import locate_checkpoint
 

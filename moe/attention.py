@@ -21,8 +21,18 @@ from gatewise.routers.ahead.trunk import PrefixCache
 __all__ = ["Attention", "KeyValueCache", "RMSNorm", "rotary_tables"]
 
 
+NormFunction = Callable[[Tensor, Tensor, float], Tensor]  # of x, gain, eps, all of one dtype
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Normalise with torch's kernel."""
+    return F.rms_norm(x, gain.shape, gain, eps)
+
+
 class RMSNorm(nn.Module):
     """Divide by the root mean square over the last dim, times a learned gain; fp32 inside.
+
+    `function` computes it; another fused kernel may take its place.
 
     Args:
         width: size of the last dim.
@@ -35,11 +45,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.gain = nn.Parameter(torch.ones(width))
+        self.function: NormFunction = rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x`; the result has its dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.gain.shape, self.gain.to(wide), self.eps).to(x.dtype)
+        return self.function(x.to(wide), self.gain.to(wide), self.eps).to(x.dtype)
 
 
 @dataclass(slots=True)

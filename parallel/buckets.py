@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gatewise.parallel.dims import Groups, ReduceGroups
-from gatewise.parallel.parameters import Label, Owner, ParameterSpec
+from gatewise.parallel.parameters import Label, Owner, ParameterSpec, Part, owned_parts
 
-__all__ = ["Bucket", "Slot", "make_buckets"]
+__all__ = ["Bucket", "OwnedGradient", "Slot", "make_buckets"]
 
 BUCKET_BYTES = 16 * 2**20  # of gradients; large enough that latency does not count
 
@@ -44,6 +44,15 @@ class Slot:
             self.gradient.add_(gradient)
 
 
+@dataclass(frozen=True, slots=True)
+class OwnedGradient:
+    """The reduced gradient of a part of a parameter that this rank owns."""
+
+    part: Part
+    values: Tensor  # flat
+    replicas: int  # ranks that own the same
+
+
 @dataclass(slots=True)
 class Bucket:
     """Parameters that are reduced and updated together."""
@@ -60,6 +69,15 @@ class Bucket:
         """The range whose optimizer state this rank keeps."""
         size = self.values.numel() // self.groups.shard.size
         return slice(self.groups.shard.rank * size, (self.groups.shard.rank + 1) * size)
+
+    def parts(self) -> list[Part]:
+        """Return what lies in the owned range."""
+        return owned_parts(((slot.offset, slot.spec) for slot in self.slots), self.owned)
+
+    def owned_gradients(self) -> list[OwnedGradient]:
+        """Return the gradients in the owned range."""
+        mine, replicas = self.gradients[self.owned], self.groups.replicate.size
+        return [OwnedGradient(part, part.of(mine), replicas) for part in self.parts()]
 
 
 def make_buckets(

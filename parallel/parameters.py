@@ -1,13 +1,22 @@
 """What the trainer must know of each parameter to reduce, update and save it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Label", "Owner", "ParameterSpec", "Span", "cut_spans", "take_spans"]
+__all__ = [
+    "Label",
+    "Owner",
+    "ParameterSpec",
+    "Part",
+    "Span",
+    "cut_spans",
+    "owned_parts",
+    "take_spans",
+]
 
 Label = Literal["dense", "embedding", "router", "expert"]
 # Which ranks hold the same values, and so sum their gradients: all, those with the same experts,
@@ -100,3 +109,32 @@ class ParameterSpec:
     def local(self) -> Tensor:
         """Return this rank's values, flattened."""
         return self.parameter.detach().view(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive elements of one parameter within a flat range that this rank owns."""
+
+    spec: ParameterSpec
+    start: int  # of the flattened local parameter
+    end: int
+    offset: int  # of the first of them in the owned range
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return these elements of a tensor that holds the owned range."""
+        return flat[self.offset : self.offset + self.end - self.start]
+
+
+def owned_parts(placed: Iterable[tuple[int, ParameterSpec]], owned: slice) -> list[Part]:
+    """Cut an owned range of parameters that lie side by side into the parts of each.
+
+    Args:
+        placed: where each parameter starts, and which it is.
+        owned: of the elements of all of them.
+    """
+    found = []
+    for place, spec in placed:
+        start, end = max(place, owned.start), min(place + spec.parameter.numel(), owned.stop)
+        if start < end:
+            found.append(Part(spec, start - place, end - place, start - owned.start))
+    return found

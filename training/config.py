@@ -12,6 +12,7 @@ from gatewise.parallel.config import ParallelConfig, divisors
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.ahead.config import Exchange
 from gatewise.routers.config import RouterConfig, Selector
+from gatewise.training.deepspeed_config import DeepSpeedConfig, EngineKind, check_deepspeed
 from gatewise.training.schedule_config import ScheduleConfig
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "BatchConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DeepSpeedConfig",
+    "EngineKind",
     "EvaluationConfig",
     "NonfiniteConfig",
     "OptimConfig",
@@ -247,6 +250,8 @@ class TrainConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineKind = EngineKind.gatewise  # who sums gradients and updates weights
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     nonfinite: NonfiniteConfig = field(default_factory=NonfiniteConfig)
@@ -266,6 +271,8 @@ class TrainConfig:
         self._check_ahead()
         self._check_layout()
         self._check_schedule()
+        if self.engine is EngineKind.deepspeed:
+            check_deepspeed(self.parallel, plans_slices=self.schedule.profile is not None)
         stride = self.evaluation.stride
         if stride is not None and stride > self.data.sequence_length:
             raise ConfigError(

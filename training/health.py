@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gatewise.parallel.buckets import Bucket
+from gatewise.parallel.buckets import OwnedGradient
 from gatewise.parallel.collectives import Group
-from gatewise.parallel.reducer import GradientReducer
 from gatewise.routers.api import Routing
 from gatewise.routers.balance import max_violation
 from gatewise.training.measures.load import (
@@ -77,11 +76,15 @@ class HealthMeter:
             "largest_logit_L": self._largest_L,
         }
 
-    def measure_gradients(self, reducer: GradientReducer) -> None:
-        """Take the norms of single experts from a step's reduced gradients."""
+    def measure_gradients(self, squares_LE: Tensor, divisor: float) -> None:
+        """Take the norms of single experts.
+
+        Args:
+            squares_LE: from `expert_squares`, this rank's share.
+            divisor: of the gradients, as they are sums over ranks.
+        """
         if self._layers:
-            squares_LE = expert_squares(reducer.buckets, self._num_experts)
-            self._norm_squares = squares_LE.flatten() / reducer.divisor**2
+            self._norm_squares = squares_LE.flatten() / divisor**2
 
     def drain(self, control: Group) -> dict[str, Any]:
         """Return the window's values over all ranks and start a new window.
@@ -128,32 +131,33 @@ class HealthMeter:
         return values
 
 
-def expert_squares(buckets: Sequence[Bucket], num_experts: int) -> Tensor:
+def expert_squares(
+    gradients: Sequence[OwnedGradient], layers: Sequence[str], num_experts: int
+) -> Tensor:
     """Return (layers, E) sums of squares of each expert's gradient, for summing over ranks.
 
     Only what this rank owns counts, divided by how many ranks own it, as in `gradient_squares`.
+
+    Args:
+        gradients: other parameters' are passed over.
+        layers: names of the experts of all layers, also of those that this rank owns nothing of.
+        num_experts: E.
     """
     rows: dict[str, Tensor] = {}
-    for bucket in buckets:
-        if bucket.label != "expert":
+    for gradient in gradients:
+        part, spec = gradient.part, gradient.part.spec
+        if spec.label != "expert":
             continue
-        owned, replicas = bucket.owned, bucket.groups.replicate.size
-        for slot in bucket.slots:
-            layer = slot.spec.name.rpartition(".")[0]
-            # every rank lists every layer, also one of which it owns nothing: the sums must align
-            row = rows.setdefault(
-                layer, torch.zeros(num_experts, dtype=torch.float64, device=bucket.values.device)
-            )
-            start, end = max(slot.offset, owned.start), min(slot.end, owned.stop)
-            if start >= end:
-                continue
-            width = slot.gradient[0].numel()
-            first = slot.spec.start // math.prod(slot.spec.shape[1:])
-            mine = torch.zeros_like(slot.gradient).view(-1)
-            mine[start - slot.offset : end - slot.offset] = bucket.gradients[start:end]
-            square_e = torch.linalg.vector_norm(mine.view(-1, width), dim=1).square() / replicas
-            row[first : first + square_e.shape[0]] += square_e
-    return torch.stack([rows[name] for name in sorted(rows)])
+        whole = gradient.values.new_zeros(spec.parameter.shape)
+        whole.view(-1)[part.start : part.end] = gradient.values
+        first = spec.start // math.prod(spec.shape[1:])
+        square_e = torch.linalg.vector_norm(whole.flatten(1), dim=1).square() / gradient.replicas
+        row = square_e.new_zeros(num_experts, dtype=torch.float64)
+        row[first : first + square_e.shape[0]] += square_e
+        layer = spec.name.rpartition(".")[0]
+        rows[layer] = rows[layer] + row if layer in rows else row
+    nothing = gradients[0].values.new_zeros(num_experts, dtype=torch.float64)
+    return torch.stack([rows.get(name, nothing) for name in layers])
 
 
 def summarise(count_LE: Tensor, sums: Tensor, largest_L: Tensor) -> dict[str, float]:

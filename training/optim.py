@@ -18,9 +18,10 @@ from torch.optim.adamw import adamw
 
 from gatewise.parallel.buckets import Bucket
 from gatewise.parallel.collectives import Group
+from gatewise.parallel.parameters import Label, Part
 from gatewise.training.config import OptimConfig, Schedule
 
-__all__ = ["ShardedAdamW", "learning_rate", "load_apex_adam"]
+__all__ = ["Held", "ShardedAdamW", "learning_rate", "learning_rate_ratio"]
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -56,6 +57,16 @@ class _State:
     second: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A flat range of weights that this rank updates, and Adam's moments of them."""
+
+    parts: Sequence[Part]
+    master: Tensor
+    first: Tensor
+    second: Tensor
+
+
 class ShardedAdamW:
     """One AdamW over this rank's slices of all buckets.
 
@@ -63,7 +74,7 @@ class ShardedAdamW:
         buckets: master weights are the buckets' own values where these are fp32 and unsharded,
             else fp32 copies of this rank's slice.
         config: rates and decay.
-        apex_adam: NVIDIA Apex's FusedAdam, from `load_apex_adam`; None takes torch's fused AdamW.
+        apex_adam: NVIDIA Apex's FusedAdam, from `choose_fused`; None takes torch's fused AdamW.
     """
 
     def __init__(
@@ -86,7 +97,7 @@ class ShardedAdamW:
             self._states.append(
                 _State(
                     decay=config.weight_decay if bucket.decay else 0.0,
-                    ratio=_ratio(config, bucket),
+                    ratio=learning_rate_ratio(config, bucket.label),
                     step=torch.zeros((), dtype=torch.float32, device=master.device),
                     first=torch.zeros_like(master),
                     second=torch.zeros_like(master),
@@ -168,6 +179,13 @@ class ShardedAdamW:
             if shard.handle is not None:
                 _gather_slices(bucket.values, mine, shard)
 
+    def held(self) -> list[Held]:
+        """Return all that this rank updates; the tensors are those that `step` changes."""
+        return [
+            Held(bucket.parts(), master, state.first, state.second)
+            for bucket, master, state in zip(self.buckets, self.masters, self._states, strict=True)
+        ]
+
     def moments(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the first and second moments of bucket `index`'s owned slice."""
         return self._states[index].first, self._states[index].second
@@ -185,25 +203,11 @@ class ShardedAdamW:
             group["step"] = count
 
 
-def load_apex_adam(device: torch.device) -> Callable[..., torch.optim.Optimizer] | None:
-    """Return NVIDIA Apex's FusedAdam for a GPU where it is built, else None.
-
-    PyPI's package of the same name is unrelated and has no such module.
-    """
-    if device.type != "cuda":
-        return None
-    try:
-        from apex.optimizers import FusedAdam
-    except ImportError:
-        return None
-    fused: Callable[..., torch.optim.Optimizer] = FusedAdam  # apex ships no types
-    return fused
-
-
-def _ratio(config: OptimConfig, bucket: Bucket) -> float:
-    if bucket.label == "router":
+def learning_rate_ratio(config: OptimConfig, label: Label) -> float:
+    """Return by what the learning rate of parameters with that label is multiplied."""
+    if label == "router":
         return config.router_lr_ratio
-    return config.embedding_lr_ratio if bucket.label == "embedding" else 1.0
+    return config.embedding_lr_ratio if label == "embedding" else 1.0
 
 
 def _gather_slices(flat: Tensor, mine: Tensor, group: Group) -> None:

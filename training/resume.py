@@ -27,8 +27,7 @@ from gatewise.training.checkpointer import (
 )
 from gatewise.training.config import TrainConfig
 from gatewise.training.data import PreparedData
-from gatewise.training.optim import ShardedAdamW
-from gatewise.training.state import rank_state, restore_rank_state, training_ranges
+from gatewise.training.state import Updater, rank_state, restore_rank_state, training_ranges
 
 __all__ = ["Progress", "RunCheckpoints", "check_model", "check_tokenizer", "to_plain"]
 
@@ -75,8 +74,8 @@ class RunCheckpoints:
             timeout_seconds=config.parallel.timeout,
         )
 
-    def resume(self, model: Decoder, optimizer: ShardedAdamW) -> Progress:
-        """Fill model and optimizer from the run's newest good checkpoint, if it has one.
+    def resume(self, model: Decoder, updater: Updater) -> Progress:
+        """Fill model and updater from the run's newest good checkpoint, if it has one.
 
         Else from `checkpoint.load`, else leave them as they are.
 
@@ -96,9 +95,9 @@ class RunCheckpoints:
         check_model(path, meta, self._config)
         if meta["data"] != self._data.fingerprint and self._runtime.rank == 0:
             _log.warning("%s was trained on other data; it goes on with the data given", path)
-        load(path, training_ranges(model, optimizer), group=self._runtime.groups.checkpoint)
-        optimizer.updates = int(meta["updates"])
-        optimizer.publish()
+        load(path, training_ranges(model, updater), group=self._runtime.groups.checkpoint)
+        updater.updates = int(meta["updates"])
+        updater.publish()
         own = read_rank_state(path, self._runtime.rank, world=self._runtime.world)
         if own:
             self.window = restore_rank_state(own)
@@ -108,7 +107,7 @@ class RunCheckpoints:
     def save(
         self,
         model: Decoder,
-        optimizer: ShardedAdamW,
+        updater: Updater,
         progress: Progress,
         window: Mapping[str, Tensor],
     ) -> None:
@@ -116,13 +115,13 @@ class RunCheckpoints:
 
         Args:
             model: on all ranks together.
-            optimizer: of the same.
+            updater: of the same.
             progress: equal on all ranks.
             window: this rank's sums of the logging window that is not written yet.
         """
         meta = {
             **dataclasses.asdict(progress),
-            "updates": optimizer.updates,
+            "updates": updater.updates,
             "config": to_plain(self._config),
             "vocab_size": self._data.tokenizer.vocab_size,
             "tokenizer": self._data.tokenizer.fingerprint,
@@ -132,7 +131,7 @@ class RunCheckpoints:
         }
         self._saver.save(
             progress.step,
-            training_ranges(model, optimizer),
+            training_ranges(model, updater),
             meta=meta,
             rank_state=rank_state(window),
         )

@@ -8,35 +8,57 @@ balancing biases (and `<name>/<router>` whatever else balances). A rank lists on
 import io
 import random
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gatewise.moe.model import Decoder, parameter_specs
-from gatewise.parallel.buckets import Bucket
 from gatewise.routers.weights import RouterWeights
 from gatewise.training.checkpoint_format import FlatRange
-from gatewise.training.optim import ShardedAdamW
+from gatewise.training.optim import Held
 
-__all__ = ["model_ranges", "rank_state", "restore_rank_state", "training_ranges"]
+__all__ = ["Updater", "model_ranges", "rank_state", "restore_rank_state", "training_ranges"]
 
 
-def training_ranges(model: Decoder, optimizer: ShardedAdamW) -> dict[str, FlatRange]:
+class Updater(Protocol):
+    """Whoever updates the weights, as far as checkpoints ask."""
+
+    @property
+    def updates(self) -> int:
+        """Number of updates applied; setting it goes on from there."""
+        ...
+
+    @updates.setter
+    def updates(self, count: int) -> None: ...
+
+    def held(self) -> list[Held]:
+        """Return what this rank updates."""
+        ...
+
+    def publish(self) -> None:
+        """Bring every rank's parameters up to date with the weights that are held."""
+        ...
+
+
+def training_ranges(model: Decoder, updater: Updater) -> dict[str, FlatRange]:
     """List the ranges of weights, moments and biases that this rank owns.
 
-    The tensors are views: loading into them changes the optimizer; `optimizer.publish()` must
-    follow.
+    The tensors are views: loading into them changes what is held; `updater.publish()` must follow.
     """
     ranges = _router_ranges(model)
-    for index, bucket in enumerate(optimizer.buckets):
-        first, second = optimizer.moments(index)
-        for prefix, flat in (
-            ("model", optimizer.masters[index]),
-            ("adam_m", first),
-            ("adam_v", second),
-        ):
-            ranges |= _owned(bucket, flat, prefix)
+    for held in updater.held():
+        for part in held.parts:
+            spans = part.spec.cut(part.start, part.end)
+            for prefix, flat in (
+                ("model", held.master),
+                ("adam_m", held.first),
+                ("adam_v", held.second),
+            ):
+                ranges[f"{prefix}/{part.spec.name}"] = FlatRange.spread(
+                    part.of(flat.detach()), spans, part.spec.shape
+                )
     return ranges
 
 
@@ -88,20 +110,6 @@ def _numpy_state() -> tuple[str, list[int], int, int, float]:
     assert isinstance(state, tuple)  # the legacy form
     name, keys, position, has_gauss, gauss = state
     return name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)
-
-
-def _owned(bucket: Bucket, flat: Tensor, prefix: str) -> dict[str, FlatRange]:
-    """Cut the owned slice of a bucket into the parts of its parameters."""
-    owned, ranges = bucket.owned, {}
-    for slot in bucket.slots:
-        start, end = max(slot.offset, owned.start), min(slot.end, owned.stop)
-        if start < end:
-            ranges[f"{prefix}/{slot.spec.name}"] = FlatRange.spread(
-                flat[start - owned.start : end - owned.start].detach(),
-                slot.spec.cut(start - slot.offset, end - slot.offset),
-                slot.spec.shape,
-            )
-    return ranges
 
 
 def _router_ranges(model: Decoder) -> dict[str, FlatRange]:

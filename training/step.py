@@ -19,14 +19,13 @@ from torch.profiler import record_function
 from gatewise.moe.model import Decoder, DecoderOutput
 from gatewise.moe.plan_ahead import BatchPlan
 from gatewise.parallel.dims import Groups
-from gatewise.parallel.reducer import GradientReducer, gradient_squares
 from gatewise.parallel.schedule.recorder import Recorder
 from gatewise.routers.ahead.config import Exchange
 from gatewise.routers.api import Demand, NoiseKey, Routing, RoutingContext
 from gatewise.routers.balance import global_balance_loss
 from gatewise.routers.router import ComposedRouter
+from gatewise.training.engine import Engine
 from gatewise.training.health import HealthMeter
-from gatewise.training.optim import ShardedAdamW
 
 __all__ = ["LABELS", "StepResult", "language_loss", "train_step"]
 
@@ -57,8 +56,7 @@ def language_loss(model: Decoder, output: DecoderOutput, target_BS: Tensor) -> T
 
 def train_step(
     model: Decoder,
-    reducer: GradientReducer,
-    optimizer: ShardedAdamW,
+    engine: Engine,
     micro_batches: Sequence[Tensor],
     *,
     groups: Groups,
@@ -74,8 +72,7 @@ def train_step(
 
     Args:
         model: in training mode.
-        reducer: of the model's buckets.
-        optimizer: of the same buckets.
+        engine: of the model's parameters.
         micro_batches: this rank's token ids, each (B, S + 1), all of one shape.
         groups: of this rank.
         meter: gets every routing.
@@ -96,7 +93,6 @@ def train_step(
     if model.router_config.ahead.exchange is Exchange.step:
         plans = model.plan([token_BS[:, :-1] for token_BS in micro_batches])
     for index, (token_BS, key) in enumerate(zip(micro_batches, noise, strict=True)):
-        reducer.begin(reduce=index + 1 == len(micro_batches))
         output = model(token_BS[:, :-1], RoutingContext(noise=key), plan=plans[index])
         target_BS = model.split.own(token_BS[:, 1:])
         mean = language_loss(model, output, target_BS) / target_BS.numel()
@@ -104,26 +100,26 @@ def train_step(
         if output.routings:
             parts |= balance.add(output.routings)
         total = mean + sum(parts.values(), torch.zeros((), device=mean.device))
-        (total * share).backward()
+        engine.backward(total * share, last=index + 1 == len(micro_batches))
         loss += mean.detach() * share
         for name, part in parts.items():
             extra[name] = extra.get(name, 0) + part.detach() * share
         meter.add(output.routings)
     watch = recorder.communication("reduce") if recorder else nullcontext()
     with record_function("step.reduce"), watch:
-        reducer.finish()
-    if measure:
-        meter.measure_gradients(reducer)  # now: a fused optimizer scales them in place
+        engine.finish()
+    if measure and output.routings:  # now: a fused optimizer scales them in place
+        squares_LE = engine.expert_squares(model.config.num_experts)
+        meter.measure_gradients(squares_LE, engine.divisor)
     asked = loss.new_tensor(float(stop))
-    loss, asked, extra, norms = _reduce_scalars(reducer, loss, asked, extra, groups)
+    loss, asked, extra, norms = _reduce_scalars(engine, loss, asked, extra, groups)
     finite = torch.isfinite(norms["total"]) & torch.isfinite(loss)
     skipped = (~finite).float()
-    # gradients are sums over ranks: one scale divides by their number and clips
+    # one scale divides by what the sums of gradients are too large by, and clips
     factor = (norms["total"] / clip).clamp(min=1.0) if clip else torch.ones_like(loss)
-    scale = torch.where(finite, factor, 1.0) * reducer.divisor
+    scale = torch.where(finite, factor, 1.0) * engine.divisor
     with record_function("step.update"):
-        optimizer.step(lr, scale=scale, skip=skipped)
-    reducer.clear()
+        engine.step(lr, scale=scale, skip=skipped)
     if model.ahead is not None:
         model.ahead.advance()
     demand = balance.demand()
@@ -197,10 +193,10 @@ def _sum_losses(routings: Sequence[Routing]) -> dict[str, Tensor]:
 
 
 def _reduce_scalars(
-    reducer: GradientReducer, loss: Tensor, asked: Tensor, extra: dict[str, Tensor], groups: Groups
+    engine: Engine, loss: Tensor, asked: Tensor, extra: dict[str, Tensor], groups: Groups
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Average losses over ranks and complete the gradient norms, in one collective."""
-    squares = gradient_squares(reducer.buckets)
+    squares = engine.squares()
     zero = loss.new_zeros(())
     scalars = [asked, loss, *extra.values(), *(squares.get(label, zero) for label in LABELS)]
     packed = torch.stack([scalar.double() for scalar in scalars])
@@ -210,11 +206,11 @@ def _reduce_scalars(
     means = (packed[:count] / groups.ranks).float()
     label_squares = packed[count:]
     norms = {
-        label: (label_squares[index].sqrt() / reducer.divisor).float()
+        label: (label_squares[index].sqrt() / engine.divisor).float()
         for index, label in enumerate(LABELS)
         if label in squares
     }
-    norms["total"] = (label_squares.sum().sqrt() / reducer.divisor).float()
+    norms["total"] = (label_squares.sum().sqrt() / engine.divisor).float()
     return means[1], means[0], dict(zip(extra, means[2:], strict=True)), norms
 
 

@@ -18,27 +18,21 @@ import torch
 from torch import Tensor
 
 from gatewise.moe.config import count_parameters
-from gatewise.moe.model import Decoder, parameter_specs
-from gatewise.moe.parallelize import (
-    apply_schedule,
-    build_model,
-    send_slices_in_windows,
-    write_gradients_directly,
-)
-from gatewise.parallel.buckets import make_buckets
-from gatewise.parallel.reducer import GradientReducer
+from gatewise.moe.model import Decoder
+from gatewise.moe.parallelize import apply_schedule, build_model
 from gatewise.parallel.runtime import Runtime, memory_mb, multiplies_bf16
 from gatewise.parallel.schedule.executor import Execution
 from gatewise.parallel.streams import lanes_for
 from gatewise.routers.api import NoiseKey
 from gatewise.training.config import Precision, TrainConfig
 from gatewise.training.data import PreparedData
+from gatewise.training.engine import Engine, build_engine
 from gatewise.training.evaluate import Evaluation, EvaluationStopped, evaluate
 from gatewise.training.hash_table import balance_hash_table
 from gatewise.training.health import HealthMeter
 from gatewise.training.lane_meter import LaneMeter
 from gatewise.training.measures.churn import RouteProbe
-from gatewise.training.optim import ShardedAdamW, learning_rate, load_apex_adam
+from gatewise.training.optim import learning_rate
 from gatewise.training.resume import Progress, RunCheckpoints
 from gatewise.training.schedule import plan_schedule
 from gatewise.training.sequences import SequenceOrder, read_batch
@@ -132,12 +126,7 @@ class Trainer:
         self.model.recompute = config.recompute
         balance_hash_table(self.model, data)
         self.counts = count_parameters(config.model, vocab_size, config.router)
-        buckets = make_buckets(parameter_specs(self.model), groups)
-        self.reducer = GradientReducer(buckets, ranks=runtime.world)
-        apex_adam = load_apex_adam(runtime.device)
-        _log.info("optimizer: %s", "NVIDIA Apex" if apex_adam else "torch's fused AdamW")
-        self.optimizer = ShardedAdamW(buckets, config.optim, apex_adam=apex_adam)
-        write_gradients_directly(self.model, self.reducer)
+        self.engine: Engine = build_engine(self.model, config, runtime)
         self._schedule_layers(folder)
         self.order = SequenceOrder(len(data.train.tokens), config.data.sequence_length, config.seed)
         self.meter = HealthMeter(
@@ -158,13 +147,13 @@ class Trainer:
         self.lanes = LaneMeter(plan, self.runtime, folder, trace=self.config.schedule.trace)
         execution = Execution(lanes_for(device), self.lanes.recorder)
         apply_schedule(self.model, plan.schedule, execution)
-        send_slices_in_windows(self.model, self.reducer, window_bytes=plan.window_bytes)
+        self.engine.place_slices(self.model, plan.window_bytes)
         _log.info("schedule of the MoE layers: %s", plan)
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save; return the run's results."""
         config = self.config
-        self.progress = self.checkpoints.resume(self.model, self.optimizer)
+        self.progress = self.checkpoints.resume(self.model, self.engine)
         clock, window = _Clock(), _Clock()
         losses = _Window(self.runtime.device)
         sums = self._window_sums(losses)
@@ -199,7 +188,7 @@ class Trainer:
             due = config.checkpoint.every and step % config.checkpoint.every == 0
             if due or stopped or step == config.steps:
                 self.checkpoints.save(
-                    self.model, self.optimizer, self.progress, self._window_sums(losses)
+                    self.model, self.engine, self.progress, self._window_sums(losses)
                 )
         self.checkpoints.wait()
         step_evaluated = config.evaluation.every and self.progress.step % config.evaluation.every
@@ -245,8 +234,7 @@ class Trainer:
         micro_batches, noise = self._read_micro_batches()
         result = train_step(
             self.model,
-            self.reducer,
-            self.optimizer,
+            self.engine,
             micro_batches,
             groups=self.runtime.groups,
             meter=self.meter,

@@ -191,14 +191,13 @@ def _one_step(
     """Return the norms of a first step, and the expert norm by single experts."""
     trainer, _ = make_trainer(config, data, folder, rank)
     before = {s.name: s.parameter.detach().clone() for s in parameter_specs(trainer.model)}
-    for slot in (slot for bucket in trainer.optimizer.buckets for slot in bucket.slots):
+    for slot in (slot for bucket in trainer.engine.optimizer.buckets for slot in bucket.slots):
         slot.gradient.fill_(float("nan"))  # whatever a step does not write would show
     micro_batches, noise = trainer._read_micro_batches()
     control = trainer.runtime.groups.control
     result = train_step(
         trainer.model,
-        trainer.reducer,
-        trainer.optimizer,
+        trainer.engine,
         micro_batches,
         groups=trainer.runtime.groups,
         meter=trainer.meter,

@@ -237,9 +237,9 @@ def _poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
 
 
 def _state(trainer: Trainer) -> list[torch.Tensor]:
-    buckets = range(len(trainer.optimizer.buckets))
-    moments = [m.clone() for i in buckets for m in trainer.optimizer.moments(i)]
-    values = [bucket.values.clone() for bucket in trainer.optimizer.buckets]
+    buckets = range(len(trainer.engine.optimizer.buckets))
+    moments = [m.clone() for i in buckets for m in trainer.engine.optimizer.moments(i)]
+    values = [bucket.values.clone() for bucket in trainer.engine.optimizer.buckets]
     biases = [b.clone() for n, b in trainer.model.named_buffers() if n.endswith("bias_E")]
     return [*moments, *values, *biases]
 
@@ -258,11 +258,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(
         )
     results: list[StepResult] = []
     for step in range(4):
-        before, updates = _state(trainer), trainer.optimizer.updates
+        before, updates = _state(trainer), trainer.engine.optimizer.updates
         results.append(trainer.run_step())
         same = [torch.equal(a, b) for a, b in zip(before, _state(trainer), strict=True)]
         assert all(same) if step == 2 else not any(same)
-        assert trainer.optimizer.updates == updates + (step != 2)
+        assert trainer.engine.optimizer.updates == updates + (step != 2)
     trainer.close()
     assert [float(result.skipped) for result in results] == [0, 0, 1, 0]
     assert torch.isfinite(results[3].loss)

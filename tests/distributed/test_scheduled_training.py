@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from training_runs import Run, losses, make_text, make_trainer, run, tiny
 
-from gatewise.moe.parallelize import apply_schedule, send_slices_in_windows
+from gatewise.moe.parallelize import apply_schedule
 from gatewise.moe.stages import FORWARD, Schedule, backward_graph
 from gatewise.parallel.reducer import GradientReducer, SliceSum
 from gatewise.parallel.schedule.cost import Cost, Interference
@@ -96,7 +96,7 @@ def place_windows(trainer: Trainer) -> None:
     graph = backward_graph(reduce=(0.25, 0.75))
     schedule = Schedule(staged_plan(FORWARD, 2), staged_plan(graph, 3), FORWARD, graph)
     apply_schedule(trainer.model, schedule, Execution(ThreadLanes(), trainer.lanes.recorder))
-    send_slices_in_windows(trainer.model, trainer.reducer, window_bytes=50e3)
+    trainer.engine.place_slices(trainer.model, 50e3)
 
 
 def _slices_are_sums(rank: int, world: int, data: str, folder: str) -> None:
@@ -105,7 +105,7 @@ def _slices_are_sums(rank: int, world: int, data: str, folder: str) -> None:
         trainer, _ = make_trainer(
             settings(ScheduleConfig(), micro=2), open_prepared(data), Path(folder) / name, rank
         )
-        reducer = trainer.reducer
+        reducer = trainer.engine.reducer
         sent: list[int] = []
         if name == "slices":
             place_windows(trainer)

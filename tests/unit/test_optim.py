@@ -12,7 +12,7 @@ from gatewise.parallel.collectives import NO_GROUP
 from gatewise.parallel.dims import ExpertGroups, Groups, ReduceGroups
 from gatewise.parallel.parameters import Label, ParameterSpec
 from gatewise.training.config import OptimConfig, Schedule
-from gatewise.training.optim import ShardedAdamW, learning_rate, load_apex_adam
+from gatewise.training.optim import ShardedAdamW, learning_rate
 
 ALONE = ReduceGroups(NO_GROUP, NO_GROUP)
 GROUPS = Groups(NO_GROUP, ExpertGroups(NO_GROUP), ALONE, ALONE, None)
@@ -199,7 +199,3 @@ def test_the_optimizer_of_apex_gives_the_updates_of_torch() -> None:
     for mine, theirs in zip(parts[0], parts[1], strict=True):
         torch.testing.assert_close(mine.values, theirs.values)
     assert torchs.updates == apexs.updates == 2
-
-
-def test_apex_is_not_looked_for_without_a_gpu() -> None:
-    assert load_apex_adam(torch.device("cpu")) is None
