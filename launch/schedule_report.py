@@ -18,7 +18,7 @@ from gatewise.parallel.schedule.picture import timelines_svg
 from gatewise.parallel.schedule.recorder import split_waits
 from gatewise.parallel.schedule.timeline import Timeline, chrome_events, joined
 
-__all__ = ["make_report", "totals"]
+__all__ = ["make_report"]
 
 _NEAR = 0.03  # a choice this near to the best one is as good
 _Row = dict[str, Any]  # JSON's own types
@@ -71,17 +71,17 @@ def make_report(
     return {"rows": rows, "choices": answers, **summary, "pictures": pictures, "traces": traces}
 
 
-def totals(measured: Measured) -> list[float]:
+def _totals(measured: Measured) -> list[float]:
     """Return the time of all passes, trial by trial, in ms."""
     return [sum(times) for times in zip(*measured.ms.values(), strict=True)]
 
 
 def _cell_rows(links: Links, ranks: Sequence[Cell]) -> list[_Row]:
     cell = ranks[0]
-    serial = totals(cell.candidates[0])
+    serial = _totals(cell.candidates[0])
     rows = []
     for index, candidate in enumerate(cell.candidates):
-        times, proposal = totals(candidate), candidate.proposal
+        times, proposal = _totals(candidate), candidate.proposal
         predicted_ms, bound_ms = (
             cell.blocks * ms for ms in (proposal.predicted_ms, proposal.bound_ms)
         )
@@ -118,8 +118,8 @@ def _cell_rows(links: Links, ranks: Sequence[Cell]) -> list[_Row]:
                 **passes,
                 **predicted,
                 "gradient_bytes": candidate.gradient_bytes,
-                "inter_bytes": candidate.sent_bytes["inter"],
-                "intra_bytes": candidate.sent_bytes["intra"],
+                "inter_bytes": candidate.sent_bytes.get("inter"),
+                "intra_bytes": candidate.sent_bytes.get("intra"),
                 "difference": max((d for d in differences if d is not None), default=None),
             }
         )
@@ -148,8 +148,8 @@ def _print_cell(links: Links, cell: Cell, rows: Sequence[_Row]) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"links {links}, {cell.compute} compute, {cell.tokens} rows a rank; no schedule is "
-        f"below {rows[0]['bound_ms']:.0f} ms"
+        title=f"links {links}, {cell.compute} compute, {cell.tokens} rows a rank; by these "
+        f"costs the fullest lane needs {rows[0]['bound_ms']:.0f} ms"
     )
     names = ("policy", "chunks", "ms", "95 %", "predicted", "speed-up", "95 %", "results")
     for name in names:
@@ -216,8 +216,8 @@ def _trace(folder: RunFolder, name: str, ranks: Sequence[Cell], ranks_per_node: 
                 node = rank // ranks_per_node * ranks_per_node
                 within = of_ranks[node : node + ranks_per_node]
                 across = of_ranks[rank % ranks_per_node :: ranks_per_node]
-                line = split_waits(of_ranks[rank], within, "intra")
-                lines.append(split_waits(line, across, "inter"))
+                line = split_waits(of_ranks[rank], within, lambda i: i.resource == "intra")
+                lines.append(split_waits(line, across, lambda i: i.resource == "inter"))
             track = f"{policy}, rank {rank}"
             events += chrome_events(joined(lines), track, process=process)
             process += 1

@@ -220,9 +220,14 @@ class _Ranks:
 
     @property
     def were_stopped(self) -> bool:
-        """Tell whether the ranks were asked to end, and this is why they failed."""
-        codes = [outcome.exit_code for outcome in self.outcomes if outcome.failed]
-        return self._stops > 0 and all(code == -signal.SIGTERM for code in codes)
+        """Tell whether the ranks were asked to end, and this is why they failed.
+
+        A rank that only lost a peer which ended so failed for the same reason.
+        """
+        failed = [outcome for outcome in self.outcomes if outcome.failed]
+        ended = [outcome.exit_code == -signal.SIGTERM for outcome in failed]
+        others = [outcome for outcome, asked in zip(failed, ended, strict=True) if not asked]
+        return self._stops > 0 and any(ended) and all(_is_consequence(other) for other in others)
 
     def kill(self) -> None:
         """End what still runs, with everything it started."""

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -143,9 +143,7 @@ class Testbed:
     def _remove(self) -> None:
         with StopSignals(lambda _number: None):  # a second Ctrl-C must not leave nodes behind
             there = _namespaces()
-            for name in (*self.names, self._switch):
-                if name in there:
-                    _run("ip", "netns", "del", name)
+            _remove(name for name in (*self.names, self._switch) if name in there)
 
 
 def _join(here: str, port: str, there: str, other: str) -> None:
@@ -162,10 +160,23 @@ def _shape(name: str, port: str, mbit: float | None) -> None:
 
 def _remove_left_over() -> None:
     """Remove nodes of processes that are no more."""
-    for name in _namespaces():
-        match = _NAMES.match(name)
-        if match and not Path(f"/proc/{match[1]}").exists():
+    _remove(
+        name
+        for name in _namespaces()
+        if (match := _NAMES.match(name)) and not Path(f"/proc/{match[1]}").exists()
+    )
+
+
+def _remove(names: Iterable[str]) -> None:
+    """Remove nodes, also those behind one that cannot be removed; then tell of that one."""
+    failures: list[ConfigError] = []
+    for name in names:
+        try:
             _run("ip", "netns", "del", name)
+        except ConfigError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _namespaces() -> Sequence[str]:

@@ -67,6 +67,12 @@ def run(arguments: Sequence[str]) -> int:
             f"parallel.ranks is {config.parallel.ranks} but {place.world_size} ranks were "
             "started; start as many, or leave parallel.ranks out"
         )
+    if config.schedule.profile is not None:
+        from gatewise.training.schedule import known_profile, plan_schedule
+
+        profile = known_profile(config)
+        if profile is not None:  # every rank will plan so; what is wrong is told now
+            plan_schedule(config, profile)
     if place is not None and place.world_size > 1:
         return _run_member(config, place)
     folder = RunFolder.choose(config.run.dir, config.name)

@@ -77,7 +77,8 @@ class BackwardPass:
             "reduce_window": self._reduce_window,
         }
         schedule, reduce = self._job.schedule, self._job.reduce
-        overlaps = len(self._chunks) > 1 or (reduce is not None and bool(schedule.reduce_shares))
+        sends_slices = reduce is not None and bool(schedule.reduce_shares)
+        overlaps = sends_slices or (dispatcher.moves and len(self._chunks) > 1)
         run_stages(schedule.runners[1], functions, self._job, overlaps=overlaps)
         if reduce is not None:
             reduce.finish()

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from gatewise.moe.backward import BackwardPass
-from gatewise.moe.dispatch import LocalDispatcher
 from gatewise.moe.forward import ForwardPass
 from gatewise.moe.job import Job
 from gatewise.moe.tickets import PassPieces, PassTickets
@@ -112,11 +111,10 @@ class _MoECompute(torch.autograd.Function):
 
 def _prepare(job: Job) -> PassTickets:
     """Exchange counts and make the tickets of the passes that there will be."""
-    recorder, moves = job.execution.recorder, not isinstance(job.dispatcher, LocalDispatcher)
-    watch = recorder.communication("exchange_counts") if recorder and moves else nullcontext()
     with record_function("moe.prepare"):
         pieces = PassPieces.of(job.schedule)
         cut = pieces.cut(job.expert_TK)
-        with watch:
+        moves = job.dispatcher.moves
+        with job.execution.communication("exchange_counts") if moves else nullcontext():
             prepared = job.dispatcher.prepare(cut, may_drop=job.may_drop)
         return pieces.tickets(prepared)

@@ -92,6 +92,7 @@ class Dispatcher(Protocol):
     num_local: int  # e
     first_expert: int  # global index of this rank's first expert
     is_sharded: bool  # whether other ranks hold parts of the same experts
+    moves: bool  # whether rows travel between ranks
 
     def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
         """Sort the pairs of each piece and agree with the other ranks on sizes, once for all.
@@ -133,6 +134,7 @@ class LocalDispatcher:
         self.num_local = num_experts
         self.first_expert = 0
         self.is_sharded = False
+        self.moves = False
 
     def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
         """Sort the pairs of each piece; on a GPU the host waits only where pairs may be dropped."""
@@ -203,6 +205,7 @@ class AllToAllDispatcher:
         self.groups = groups
         self.group = rows
         self.is_sharded = groups.shard.size > 1
+        self.moves = groups.everyone.size > 1
 
     def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
         """Sort the pairs of each piece and exchange all counts in one collective."""

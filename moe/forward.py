@@ -69,7 +69,8 @@ class ForwardPass:
             "combine": self._combine,
         }
         runner = self._job.schedule.runners[0]
-        run_stages(runner, functions, self._job, overlaps=len(self._chunks) > 1)
+        overlaps = dispatcher.moves and len(self._chunks) > 1
+        run_stages(runner, functions, self._job, overlaps=overlaps)
         assert self._y_TD is not None
         return self._y_TD
 

@@ -215,7 +215,10 @@ class Decoder(nn.Module):
         if self.router_config.ahead.exchange is Exchange.layer:
             return [BatchPlan(route) for route in routes]
         schedules = [layer.schedule for layer in layers]
-        return plan_tickets(routes, layers[0].dispatcher, schedules=schedules)
+        first = layers[0]
+        return plan_tickets(
+            routes, first.dispatcher, schedules=schedules, execution=first.execution
+        )
 
     def _decisions(self, plan: BatchPlan, tokens: int) -> tuple[Decision | None, ...]:
         """Return the decision of every layer of the model; None for a dense one."""

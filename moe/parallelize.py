@@ -156,7 +156,7 @@ def send_slices_in_windows(
 ) -> None:
     """Let slices of the gradient sums travel within the layers' backward passes.
 
-    Nothing changes where the layers' plans have no window.
+    Where the layers' plans have no window, sums are sent when a bucket is full.
 
     Args:
         model: its layers have their schedule already.
@@ -165,7 +165,10 @@ def send_slices_in_windows(
     """
     layers = model.moe_layers()
     shares = layers[0].schedule.reduce_shares if layers else ()
+    for layer in layers:
+        layer.gradient_slices = None
     if not shares:
+        reducer.hold(())
         return
     turns = plan_turns(
         reducer.buckets,

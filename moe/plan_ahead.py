@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from gatewise.moe.dispatch import Dispatcher, Piece
 from gatewise.moe.stages import Schedule
 from gatewise.moe.tickets import PassPieces, PassTickets
+from gatewise.parallel.schedule.executor import Execution
 from gatewise.routers.ahead.plan import RoutePlan
 
 __all__ = ["BatchPlan", "StalePlanError", "plan_tickets"]
@@ -51,7 +52,11 @@ class BatchPlan:
 
 
 def plan_tickets(
-    routes: Sequence[RoutePlan], dispatcher: Dispatcher, *, schedules: Sequence[Schedule]
+    routes: Sequence[RoutePlan],
+    dispatcher: Dispatcher,
+    *,
+    schedules: Sequence[Schedule],
+    execution: Execution | None = None,
 ) -> list[BatchPlan]:
     """Make the tickets of all layers of several micro-batches, in one collective.
 
@@ -59,6 +64,7 @@ def plan_tickets(
         routes: of each micro-batch; on all ranks equally many.
         dispatcher: of any layer: all have the same experts on the same ranks.
         schedules: of each layer; they say how both passes cut the tokens.
+        execution: of the layers; its recorder gets when the ranks agreed.
 
     Returns:
         One plan per route, in order.
@@ -77,8 +83,10 @@ def plan_tickets(
                 cut = cuts.cut(route.layer(layer).expert_TK)
                 places[key] = slice(len(pieces), len(pieces) + len(cut))
                 pieces += cut
+    watched = (execution or Execution()) if dispatcher.moves else Execution()
     with record_function("moe.plan"):
-        prepared = dispatcher.prepare(pieces, may_drop=True)
+        with watched.communication("exchange_counts"):
+            prepared = dispatcher.prepare(pieces, may_drop=True)
         tickets = {key: key[2].tickets(prepared[place]) for key, place in places.items()}
     return [
         BatchPlan(route, tuple(tickets[key] for key in layers))

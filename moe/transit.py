@@ -85,6 +85,7 @@ def run_stages(
     lanes, recorder = job.execution.lanes if overlaps else None, job.execution.recorder
     if recorder is not None:
         recorder.prefix = f"{job.layer}."
+        recorder = recorder if recorder.is_on else None
 
     def run(task: Task) -> Handle | None:
         with record_function(f"moe.{task.stage}"):  # names for profiles

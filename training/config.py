@@ -295,12 +295,14 @@ class TrainConfig:
             )
 
     def _check_schedule(self) -> None:
-        if self.schedule.policy == "serial":
+        policy, profile = self.schedule.policy, self.schedule.profile
+        if policy == "serial" and profile is None:
             return
         if not self.model.moe_layers():
+            given = f"profile is {profile}" if policy == "serial" else f"policy is {policy}"
             raise ConfigError(
-                f"schedule.policy is {self.schedule.policy} but the model has no MoE layer; set it "
-                "to serial, or model.num_experts above 0"
+                f"schedule.{given} but the model has no MoE layer; set it to "
+                f"{'null' if policy == 'serial' else 'serial'}, or model.num_experts above 0"
             )
         tensor = self.parallel.tensor
         share = max(1, self.batch.sequences * tensor // self.parallel.ranks)

@@ -7,6 +7,7 @@ the end of a barrier, so that ranks on different machines agree to within its le
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,9 @@ import torch.distributed as dist
 from gatewise.parallel.collectives import Group
 from gatewise.parallel.dims import Groups
 from gatewise.parallel.runtime import Runtime
-from gatewise.parallel.schedule.plan import Lane
 from gatewise.parallel.schedule.recorder import Mark, Recorder, split_waits
-from gatewise.parallel.schedule.timeline import Timeline, chrome_events
+from gatewise.parallel.schedule.timeline import Interval, Timeline, chrome_events
 from gatewise.parallel.streams import clock_for
-from gatewise.training.schedule import TrainingSchedule
 
 __all__ = ["LaneMeter", "trace_events"]
 
@@ -30,23 +29,22 @@ class LaneMeter:
     """Reads the recorder of a rank's MoE layers after each step.
 
     Args:
-        plan: what the layers run by.
         runtime: of this rank.
         folder: of the run.
         trace: step whose lanes are written down; None: none.
     """
 
-    def __init__(
-        self, plan: TrainingSchedule, runtime: Runtime, folder: Path, *, trace: int | None
-    ) -> None:
+    def __init__(self, runtime: Runtime, folder: Path, *, trace: int | None) -> None:
         self.recorder = Recorder(clock_for(runtime.device))
-        self._plan, self._runtime, self._folder, self._trace = plan, runtime, folder, trace
+        self.recorder.is_on = False  # but in steps: evaluation is not measured
+        self._runtime, self._folder, self._trace = runtime, folder, trace
         self._origin: Mark | None = None
         self._exposed_ms: list[float] = []  # of each step since the last record
 
     def begin(self, step: int) -> None:
         """Get ready for a step; all ranks start the one to be traced together."""
         self.recorder.clear()
+        self.recorder.is_on = True
         self._origin = None
         if step == self._trace:
             control = self._runtime.groups.control
@@ -54,21 +52,24 @@ class LaneMeter:
                 dist.barrier(group=control.handle)
             self._origin = self.recorder.mark()
 
-    def end(self, step: int) -> None:
-        """Read what the step did, once the host has waited for it."""
+    def end(self, step: int, predicted: Mapping[str, Timeline]) -> Timeline:
+        """Read what the step did, once the host has waited for it.
+
+        Args:
+            step: that has ended.
+            predicted: of one layer's "forward" and "backward"; empty: unknown.
+        """
+        self.recorder.is_on = False
         line = self.recorder.drain(self._origin)
         self._exposed_ms.append(line.exposed_ms())
         if self._origin is not None:
             groups = self._runtime.groups
             lines = _gather_lines(line, groups)
-            lanes: dict[Lane, Group] = {
-                "inter": groups.experts.rows,
-                "intra": groups.experts.shard,
-            }
-            events = trace_events(line, lines, lanes, self._plan.predicted)
+            events = trace_events(line, lines, _members(groups), predicted)
             path = self._folder / "trace" / f"step_{step}_rank_{self._runtime.rank}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps({"traceEvents": events}) + "\n", encoding="utf-8")
+        return line
 
     def drain(self) -> dict[str, float]:
         """Return the mean over the steps since the last record, in ms."""
@@ -87,10 +88,30 @@ def _gather_lines(own: Timeline, groups: Groups) -> Sequence[Timeline]:
     return lines
 
 
+def _members(groups: Groups) -> dict[str, Group]:
+    """Return who takes part in each kind of communication, by the names of stages."""
+    experts = groups.experts
+    return {
+        **dict.fromkeys(("dispatch", "collect", "collect_grad", "dispatch_grad"), experts.rows),
+        **dict.fromkeys(("gather", "scatter", "scatter_grad", "gather_grad"), experts.shard),
+        **dict.fromkeys(("reduce", "reduce_window"), groups.control),
+        "exchange_counts": experts.everyone,
+    }
+
+
+def _stage(interval: Interval) -> str:
+    """Return the name of a task's stage, without the layer's."""
+    return interval.task.stage.rpartition(".")[2]
+
+
+def _is_of(stage: str, interval: Interval) -> bool:
+    return _stage(interval) == stage
+
+
 def trace_events(
     own: Timeline,
     lines: Sequence[Timeline],
-    groups: Mapping[Lane, Group],
+    groups: Mapping[str, Group],
     predicted: Mapping[str, Timeline],
 ) -> list[dict[str, Any]]:  # JSON's own types
     """Return the events of a rank's trace.
@@ -98,13 +119,13 @@ def trace_events(
     Args:
         own: what this rank measured.
         lines: what every rank measured, on one clock.
-        groups: whose members a lane's collectives wait for.
+        groups: by the name of a stage, whose members its communication waits for.
         predicted: of one layer's "forward" and "backward"; may be empty.
     """
-    for lane, group in groups.items():
+    for stage, group in groups.items():
         if group.handle is not None:
             members = [lines[rank] for rank in dist.get_process_group_ranks(group.handle)]
-            own = split_waits(own, members, lane)
+            own = split_waits(own, members, partial(_is_of, stage))
     events = chrome_events(own, "measured", process=0)
     threads = {str(event["name"]): event for event in events if event["ph"] == "X"}
     events += [
@@ -119,7 +140,7 @@ def trace_events(
         if interval.end_ms - interval.start_ms - interval.work_ms > 1e-3
     ]
     for interval in own.intervals:
-        name = _FIRST_STAGE.get(interval.task.stage.rpartition(".")[2], "")
+        name = _FIRST_STAGE.get(_stage(interval), "")
         if name in predicted and interval.task.chunk == 0:
             line = predicted[name]
             found = chrome_events(line, "predicted", process=1, start_ms=interval.start_ms)

@@ -21,7 +21,7 @@ from gatewise.parallel.schedule.profiles import Layout, Profile, read_profile
 from gatewise.parallel.schedule.timeline import Timeline
 from gatewise.training.config import TrainConfig
 
-__all__ = ["TrainingSchedule", "plan_schedule"]
+__all__ = ["TrainingSchedule", "known_profile", "layer_problem", "plan_schedule", "run_layout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,41 +40,63 @@ class TrainingSchedule:
         return f"{text} ({self.note})" if self.note else text
 
 
-def plan_schedule(config: TrainConfig, *, number_bytes: int = 4) -> TrainingSchedule:
+def known_profile(config: TrainConfig) -> Profile | None:
+    """Return the costs that the settings name a file of.
+
+    Raises:
+        ConfigError: if the file cannot be read, or is of another layout.
+    """
+    if config.schedule.profile is None or config.schedule.measures:
+        return None
+    path = Path(config.schedule.profile).expanduser()
+    profile, layout = read_profile(path), run_layout(config)
+    if profile.layout.ranks_per_node != layout.ranks_per_node:
+        raise ConfigError(
+            f"schedule.profile {path} is of nodes of {profile.layout.ranks_per_node} ranks, this "
+            f"run has nodes of {layout.ranks_per_node}; set parallel.node to the ranks of a node, "
+            "or schedule.profile=measure"
+        )
+    profile.require(layout, name=f"schedule.profile {path}")
+    return profile
+
+
+def plan_schedule(
+    config: TrainConfig, profile: Profile | None, *, number_bytes: int = 4
+) -> TrainingSchedule:
     """Return the schedule of a run's MoE layers.
 
     Args:
         config: checked settings.
+        profile: costs to plan with, of this layout; None: the settings state the chunks.
         number_bytes: of one number that travels.
-
-    Raises:
-        ConfigError: if the profile cannot be read, or is of another layout.
     """
     asked = config.schedule
-    if asked.profile is None:
+    if profile is None:
         schedule = stated_schedule(
             asked.policy, *asked.chunks, is_sharded=config.parallel.expert_shard > 1
         )
         return TrainingSchedule(asked.policy, schedule, {})
-    path = Path(asked.profile).expanduser()
-    profile = read_profile(path)
-    layout = Layout(
-        config.parallel.ranks,
-        profile.layout.ranks_per_node,
-        expert=config.parallel.expert,
-        shard=config.parallel.expert_shard,
-    )
-    profile.require(layout, name=f"schedule.profile {path}")
-    problem = _problem(config, profile, number_bytes)
+    problem = layer_problem(config, profile, number_bytes)
     if asked.policy == "auto":
         names = (*LAYER_POLICIES, "search")
         proposal = choose([propose(name, problem) for name in names])
     else:
         proposal = propose(asked.policy, problem)
-    return _of_layer(proposal, problem, is_sharded=layout.shard > 1)
+    return _of_layer(proposal, problem, is_sharded=profile.layout.shard > 1)
 
 
-def _problem(config: TrainConfig, profile: Profile, number_bytes: int) -> Problem:
+def run_layout(config: TrainConfig) -> Layout:
+    """Return how the ranks of a run are used; its degrees have been checked to fit."""
+    parallel = config.parallel
+    return Layout(
+        parallel.ranks,
+        parallel.ranks_per_node,
+        expert=parallel.expert,
+        shard=parallel.expert_shard,
+    )
+
+
+def layer_problem(config: TrainConfig, profile: Profile, number_bytes: int) -> Problem:
     """Return what the policies are asked: a block of this model, one micro-batch of one rank."""
     tensor = config.parallel.tensor
     share = config.batch.sequences * tensor // config.parallel.ranks

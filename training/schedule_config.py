@@ -16,14 +16,15 @@ class ScheduleConfig:
     """How much of the communication hides behind computation; docs/schedule.md."""
 
     policy: str = "serial"  # auto, or a policy of one layer
-    profile: str | None = None  # file of measured costs to plan with; None: state the chunks
+    profile: str | None = None  # file of costs, or "measure" them at the start; None: state chunks
     chunks_forward: int | None = None  # parts of a micro-batch's tokens; None: planned
     chunks_backward: int | None = None  # None: planned, or as many as forward
     max_chunks: int = 8  # most chunks that are planned
+    refit: int | None = 20  # steps that must be off by 10 % to measure again; None: never
     trace: int | None = None  # step whose lanes every rank writes to trace/; None: none
 
     def __post_init__(self) -> None:
-        for name in ("chunks_forward", "chunks_backward", "max_chunks", "trace"):
+        for name in ("chunks_forward", "chunks_backward", "max_chunks", "refit", "trace"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 null = "" if name == "max_chunks" else " or null"
@@ -45,6 +46,11 @@ class ScheduleConfig:
             )
         if self.profile is None and self.policy != "serial":
             self._check_stated()
+
+    @property
+    def measures(self) -> bool:
+        """Whether the ranks measure the costs themselves before they plan."""
+        return self.profile == "measure"
 
     @property
     def chunks(self) -> tuple[int, int]:

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from gatewise.moe.config import count_parameters
 from gatewise.moe.model import Decoder
-from gatewise.moe.parallelize import apply_schedule, build_model
+from gatewise.moe.parallelize import build_model
 from gatewise.parallel.runtime import Runtime, memory_mb, multiplies_bf16
-from gatewise.parallel.schedule.executor import Execution
-from gatewise.parallel.streams import lanes_for
 from gatewise.routers.api import NoiseKey
 from gatewise.training.config import Precision, TrainConfig
 from gatewise.training.data import PreparedData
@@ -30,11 +28,10 @@ from gatewise.training.engine import Engine, build_engine
 from gatewise.training.evaluate import Evaluation, EvaluationStopped, evaluate
 from gatewise.training.hash_table import balance_hash_table
 from gatewise.training.health import HealthMeter
-from gatewise.training.lane_meter import LaneMeter
 from gatewise.training.measures.churn import RouteProbe
 from gatewise.training.optim import learning_rate
 from gatewise.training.resume import Progress, RunCheckpoints
-from gatewise.training.schedule import plan_schedule
+from gatewise.training.scheduled_layers import ScheduledLayers
 from gatewise.training.sequences import SequenceOrder, read_batch
 from gatewise.training.sinks import MetricSink
 from gatewise.training.step import StepResult, train_step
@@ -127,7 +124,14 @@ class Trainer:
         balance_hash_table(self.model, data)
         self.counts = count_parameters(config.model, vocab_size, config.router)
         self.engine: Engine = build_engine(self.model, config, runtime)
-        self._schedule_layers(folder)
+        self.lanes = ScheduledLayers(
+            self.model,
+            self.engine,
+            config,
+            runtime,
+            folder,
+            dtype=resolve_dtype(config.precision, runtime.device),
+        )
         self.order = SequenceOrder(len(data.train.tokens), config.data.sequence_length, config.seed)
         self.meter = HealthMeter(
             len(self.model.moe_layers()),
@@ -138,17 +142,6 @@ class Trainer:
         self.checkpoints = RunCheckpoints(config, runtime, data, folder)
         self.probe = RouteProbe()
         self.progress = Progress()
-
-    def _schedule_layers(self, folder: Path) -> None:
-        """Plan the MoE layers' passes and give them lanes."""
-        device = self.runtime.device
-        number_bytes = resolve_dtype(self.config.precision, device).itemsize
-        plan = plan_schedule(self.config, number_bytes=number_bytes)
-        self.lanes = LaneMeter(plan, self.runtime, folder, trace=self.config.schedule.trace)
-        execution = Execution(lanes_for(device), self.lanes.recorder)
-        apply_schedule(self.model, plan.schedule, execution)
-        self.engine.place_slices(self.model, plan.window_bytes)
-        _log.info("schedule of the MoE layers: %s", plan)
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save; return the run's results."""
@@ -182,6 +175,7 @@ class Trainer:
             if logged:
                 self._write(self._training_record(result, losses, window))
                 window, losses.mean = _Clock(), losses.mean.zero_()
+            self.lanes.adapt(step)
             if config.evaluation.every and step % config.evaluation.every == 0 and not stopped:
                 evaluation = self._evaluate_unless_stopped()
                 stopped = evaluation is None

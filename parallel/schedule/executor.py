@@ -13,6 +13,7 @@ stands in the compute lane is waited for at once; a plan with nothing else needs
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,6 +63,10 @@ class Execution:
 
     lanes: Lanes | None = None  # None: the calling thread issues everything
     recorder: Recorder | None = None
+
+    def communication(self, name: str) -> AbstractContextManager[None]:
+        """Let the recorder, if there is one, see what this thread communicates outside of plans."""
+        return nullcontext() if self.recorder is None else self.recorder.communication(name)
 
 
 class PlanRunner:

@@ -5,7 +5,7 @@ has joined, it only waits. `split_waits` tells the two apart with the times of t
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -62,6 +62,7 @@ class Recorder:
         self._clock = clock or HostClock()
         self._spans: list[_Span] = []
         self.prefix = ""  # put before the names of stages: which layer's they are
+        self.is_on = True  # off, nothing is collected
 
     def mark(self) -> Mark:
         """Return now."""
@@ -77,12 +78,17 @@ class Recorder:
             start: when it could start: what it needs had ended, and the lane was free.
             end: when it had ended.
         """
+        if not self.is_on:
+            return
         named = Task(self.prefix + task.stage, task.chunk)
         self._spans.append(_Span(named, lane, resource, start, end))
 
     @contextmanager
     def communication(self, name: str) -> Iterator[None]:
         """Record what the calling thread communicates outside of a plan."""
+        if not self.is_on:
+            yield
+            return
         start = self.mark()
         yield
         self._spans.append(_Span(Task(name, 0), "compute", "inter", start, self.mark()))
@@ -113,19 +119,21 @@ class Recorder:
         return Timeline(tuple(sorted(moved, key=lambda i: (i.start_ms, i.end_ms))))
 
 
-def split_waits(own: Timeline, members: Sequence[Timeline], resource: Lane) -> Timeline:
+def split_waits(
+    own: Timeline, members: Sequence[Timeline], within: Callable[[Interval], bool]
+) -> Timeline:
     """Return a timeline whose `work_ms` leaves out the waiting for other ranks.
 
     Args:
         own: what this rank measured.
-        members: what the ranks of the resource's group measured in the same pass, on one clock.
-        resource: whose tasks are looked at; the others stay as they are.
+        members: what the ranks of one group measured in the same pass, on one clock.
+        within: tells which tasks this group communicates in; the others stay as they are.
     """
     joined: dict[tuple[Task, int], float] = {}
     for line in members:
-        for key, interval in _numbered(line, resource):
+        for key, interval in _numbered(line, within):
             joined[key] = max(joined.get(key, interval.start_ms), interval.start_ms)
-    found = {id(interval): joined.get(key, 0.0) for key, interval in _numbered(own, resource)}
+    found = {id(interval): joined.get(key, 0.0) for key, interval in _numbered(own, within)}
     return Timeline(
         tuple(
             replace(i, work_ms=max(0.0, i.end_ms - max(i.start_ms, found[id(i)])))
@@ -136,12 +144,14 @@ def split_waits(own: Timeline, members: Sequence[Timeline], resource: Lane) -> T
     )
 
 
-def _numbered(line: Timeline, resource: Lane) -> list[tuple[tuple[Task, int], Interval]]:
-    """Return the intervals of a resource with their task and how often it has been there before."""
+def _numbered(
+    line: Timeline, within: Callable[[Interval], bool]
+) -> list[tuple[tuple[Task, int], Interval]]:
+    """Return chosen intervals with their task and how often it has been there before."""
     seen: dict[Task, int] = {}
     found = []
     for interval in line.intervals:
-        if interval.resource == resource:
+        if within(interval):
             number = seen.get(interval.task, 0)
             seen[interval.task] = number + 1
             found.append(((interval.task, number), interval))

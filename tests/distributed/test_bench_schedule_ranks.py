@@ -38,6 +38,7 @@ def test_all_schedules_give_the_results_of_the_serial_one(tmp_path: Path) -> Non
     assert all(row["difference"] == 0 for row in rows[:5])  # only rows moved
     assert all(row["difference"] < 1e-5 for row in rows)
     assert all(row["links"] == "unshaped" for row in rows)
+    assert {row["inter_bytes"] for row in rows} == {None}  # nobody can tell whose they are
     assert "overlap of links" in result["cannot_show"]
     assert {row["gradient_bytes"] for row in rows} == {0, 256}
     assert len(rows[0]["trials_ms"]) == 3

@@ -68,6 +68,8 @@ def _same_bits_with_fewer_exchanges(
         trainer = build(rank, world, data, folder, ahead, chunks, recompute)
         with observe() as seen[way]:
             results = [trainer.run_step() for _ in range(STEPS)]
+        in_last_step = [i.task.stage for i in trainer.lanes.recorder.drain().intervals]
+        assert in_last_step.count("exchange_counts") == seen[way].metadata / STEPS
         losses[way] = [
             (float(r.loss), float(r.norms["total"]), *(float(v) for v in r.extra.values()))
             for r in results

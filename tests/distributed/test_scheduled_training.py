@@ -15,7 +15,13 @@ from gatewise.parallel.schedule.cost import Cost, Interference
 from gatewise.parallel.schedule.executor import Execution
 from gatewise.parallel.schedule.lanes import ThreadLanes
 from gatewise.parallel.schedule.plan import staged_plan
-from gatewise.parallel.schedule.profiles import OPERATIONS, Layout, Profile, write_profile
+from gatewise.parallel.schedule.profiles import (
+    OPERATIONS,
+    Layout,
+    Profile,
+    read_profile,
+    write_profile,
+)
 from gatewise.training.config import TrainConfig
 from gatewise.training.data import PreparedData, open_prepared
 from gatewise.training.schedule_config import ScheduleConfig
@@ -25,6 +31,7 @@ from ranks import run_ranks
 pytestmark = pytest.mark.dist
 
 STEPS = 3
+MOVING = ("all_to_all", "all_reduce")
 MODEL = {"hidden": 64, "layers": 3}  # large enough that matrices are worth a slice
 
 
@@ -44,7 +51,10 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(schedule: ScheduleConfig, micro: int | None = None) -> TrainConfig:
-    return tiny(STEPS, ranks=2, expert=2, micro=micro, model=MODEL, schedule=schedule)
+    nodes = {"node": 1}
+    return tiny(
+        STEPS, ranks=2, expert=2, micro=micro, model=MODEL, schedule=schedule, parallel=nodes
+    )
 
 
 def assert_same(one: Run, other: Run) -> None:
@@ -74,8 +84,32 @@ def test_a_schedule_changes_neither_losses_nor_weights(
         assert tracks == {"measured": 0, "predicted": 1}
         measured = {e["name"].partition(":")[0] for e in events if e["ph"] == "X" and e["pid"] == 0}
         assert {"0.dispatch", "2.experts_data", "0.order_grad", "reduce"} <= measured
+        assert "exchange_counts" in measured
         assert all(e["dur"] >= 0 for e in events if e["ph"] == "X")
         assert any(e["pid"] == 1 and e["name"] == "collect:0" for e in events if e["ph"] == "X")
+
+
+def test_wrong_costs_are_measured_again_on_the_running_groups(
+    data: PreparedData, profile: Path, tmp_path: Path
+) -> None:
+    wrong = ScheduleConfig(policy="fsmoe", profile=str(profile), refit=2)
+    measured = run(settings(wrong), data, tmp_path / "refit")
+    found = read_profile(tmp_path / "refit" / "profile_step_2.json")
+    assert found.layout == Layout(2, 1, expert=2)
+    assert found.source == "measured at step 2 of a run by its 2 ranks"
+    assert all(cost.ms(1e6) > 0 for name, cost in found.costs.items() if name in MOVING)
+    assert measured.column("schedule/refits") == [0.0, 0.0, 1.0]
+    assert measured.column("schedule/prediction_error")[0] < -0.5  # predicted far too short
+    assert_same(measured, run(settings(ScheduleConfig()), data, tmp_path / "serial"))
+
+
+def test_costs_can_be_measured_before_the_first_step(data: PreparedData, tmp_path: Path) -> None:
+    asked = ScheduleConfig(policy="auto", profile="measure", refit=None)
+    measured = run(settings(asked), data, tmp_path / "measured")
+    assert_same(measured, run(settings(ScheduleConfig()), data, tmp_path / "serial"))
+    found = read_profile(tmp_path / "measured" / "profile.json")
+    assert found.layout == Layout(2, 1, expert=2)
+    assert found.costs["experts_weights"].ms(1e9) > 0
 
 
 def note_slices(reducer: GradientReducer, sent: list[int]) -> None:

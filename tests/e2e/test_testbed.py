@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gatewise.launch.testbed import Links, Testbed, missing_for_namespaces
+from gatewise.launch.testbed import PORT, Links, Testbed, missing_for_namespaces
 from gatewise.parallel.errors import ConfigError
 
 
@@ -104,6 +105,20 @@ def test_a_rank_that_dies_under_way_is_named_and_nodes_are_removed(tmp_path: Pat
     _, err = command.communicate(timeout=60)
     assert command.returncode == 1
     assert "gatewise: error: rank 2: killed by SIGKILL" in err.splitlines()[-1]
+    assert not nodes(command.pid)
+
+
+def test_a_link_that_goes_down_ends_the_measurement_within_the_timeout(tmp_path: Path) -> None:
+    command = start(tmp_path, "links=10/10", "trials=1000", "timeout=3")
+    wait_for(command, "measuring costs")
+    node = min(nodes(command.pid))
+    subprocess.run(["ip", "-n", node, "link", "set", PORT, "down"], check=True)
+    _, err = command.communicate(timeout=60)
+    assert command.returncode == 1
+    last = err.splitlines()[-1]
+    assert re.search(
+        r"rank \d: LaneError: rank \d, lane inter, task inter:\d+: .*[Tt]imed out", last
+    )
     assert not nodes(command.pid)
 
 

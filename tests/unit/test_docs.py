@@ -25,6 +25,7 @@ from gatewise.launch.simulate import SimulateConfig
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import EvaluationConfig, RunConfig, TrainConfig
 from gatewise.training.distil_config import DistilConfig
+from gatewise.training.schedule_config import ScheduleConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -221,7 +222,11 @@ def test_the_page_on_training_explains_every_metric_and_no_other(tmp_path: Path)
     cells = re.findall(r"^\| (`.+?) \|", table, re.M)
     explained = {key for cell in cells for key in SPAN.findall(cell)}
     assert len(explained) > 30
-    config = tiny(2, evaluation=EvaluationConfig(every=1, tokens=400, micro=4))
+    config = tiny(
+        2,
+        evaluation=EvaluationConfig(every=1, tokens=400, micro=4),
+        schedule=ScheduleConfig(profile="measure"),  # for the metrics of plans
+    )
     records = run(config, make_text(tmp_path), tmp_path / "run").records
     recorded = {key for record in records for key in record}
     layers = {key for key in recorded if re.match(r"moe/layer_\d\d/", key)}

@@ -50,6 +50,11 @@ class Journal:
         self.events.append(f"end {task}")
 
 
+def lane_threads() -> set[threading.Thread]:
+    """Return the threads of all lanes."""
+    return {thread for thread in threading.enumerate() if "gatewise lane" in thread.name}
+
+
 @pytest.mark.parametrize("make", [serial_plan, staged_plan])
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 def test_every_task_runs_once_after_what_it_needs(make: Any, chunks: int) -> None:
@@ -76,11 +81,11 @@ def test_each_communication_lane_has_a_thread_and_the_caller_computes() -> None:
 
 
 def test_a_plan_that_communicates_in_the_compute_lane_starts_no_thread() -> None:
-    before = set(threading.enumerate())
+    before = lane_threads()  # of other tests, which may end meanwhile
     journal = Journal()
     run_plan(CHAIN, blocking_plan(CHAIN), journal, lanes=ThreadLanes())
     assert set(journal.thread.values()) == {threading.current_thread().name}
-    assert set(threading.enumerate()) <= before
+    assert lane_threads() <= before
 
 
 def test_lanes_work_at_the_same_time() -> None:
@@ -94,14 +99,15 @@ def test_lanes_work_at_the_same_time() -> None:
 
 
 def test_threads_are_used_again_and_end_with_the_lanes() -> None:
+    others = lane_threads()
     lanes = ThreadLanes()
-    names: list[set[str]] = []
+    seen: list[set[threading.Thread]] = []
     for _ in range(3):
-        journal = Journal()
-        run_plan(CHAIN, staged_plan(CHAIN, 2), journal, lanes=lanes)
-        names.append({str(t.ident) for t in threading.enumerate() if "gatewise" in t.name})
-    assert names[0] == names[1] == names[2]
-    mine = [t for t in threading.enumerate() if "gatewise lane" in t.name]
+        run_plan(CHAIN, staged_plan(CHAIN, 2), Journal(), lanes=lanes)
+        seen.append(lane_threads() - others)
+    mine = seen[0]
+    assert seen == [mine] * 3
+    assert len(mine) == 2
     lanes.close()
     for thread in mine:
         thread.join(WAIT)
@@ -191,13 +197,20 @@ def test_a_recorder_gets_when_each_task_ran(with_lanes: bool) -> None:
 def test_exposed_communication_is_what_no_computation_covers() -> None:
     recorder = Recorder()
     graph = StageGraph((Stage("send", "inter"), Stage("work", "compute")))
+    begun, worked = threading.Event(), threading.Event()
 
-    def run(task: Task) -> None:
-        time.sleep(0.03 if task.stage == "send" else 0.01)
+    def beside_each_other(task: Task) -> None:
+        if task.stage == "send":
+            begun.set()
+            assert worked.wait(WAIT)
+        else:
+            assert begun.wait(WAIT)
+            time.sleep(0.001)
+            worked.set()
 
-    run_plan(graph, serial_plan(graph), run, lanes=ThreadLanes(), recorder=recorder)
+    run_plan(graph, serial_plan(graph), beside_each_other, lanes=ThreadLanes(), recorder=recorder)
     beside = recorder.drain()
-    run_plan(graph, blocking_plan(graph), run, recorder=recorder)
+    run_plan(graph, blocking_plan(graph), lambda task: time.sleep(0.001), recorder=recorder)
     alone = recorder.drain()
     assert beside.exposed_ms() < beside.busy_ms("inter")
     assert alone.exposed_ms() == pytest.approx(alone.busy_ms("inter"))
@@ -213,9 +226,22 @@ def test_waits_are_split_from_transfers_by_the_last_member_to_join() -> None:
         )
 
     own, other = line(2.0, 24.0), line(7.0, 21.0)
-    split = split_waits(own, [own, other], "inter")
+    split = split_waits(own, [own, other], lambda i: i.task.stage == "send")
     assert [i.work_ms for i in split.intervals] == [3.0, 6.0]
-    assert split_waits(own, [own, other], "intra") == own
+    assert split_waits(own, [own, other], lambda i: i.task.stage == "collect") == own
+
+
+def test_a_recorder_that_is_off_collects_nothing() -> None:
+    recorder = Recorder()
+    recorder.is_on = False
+    run_plan(CHAIN, serial_plan(CHAIN), lambda task: None, recorder=recorder)
+    with recorder.communication("reduce"):
+        pass
+    assert recorder.drain().intervals == ()
+    recorder.is_on = True
+    with recorder.communication("reduce"):
+        pass
+    assert [i.task.stage for i in recorder.drain().intervals] == ["reduce"]
 
 
 class FakeCuda:

@@ -1,11 +1,13 @@
 """From settings to the layers' plans: what is refused, and what the plans look like."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gatewise.launch.cli import main
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.planning.stated import STATED_POLICIES, stated_schedule
 from gatewise.parallel.config import ParallelConfig
@@ -14,7 +16,8 @@ from gatewise.parallel.schedule.cost import Cost, Interference
 from gatewise.parallel.schedule.plan import Task
 from gatewise.parallel.schedule.profiles import OPERATIONS, Layout, Profile, write_profile
 from gatewise.training.config import BatchConfig, TrainConfig
-from gatewise.training.schedule import plan_schedule
+from gatewise.training.schedule import TrainingSchedule, known_profile
+from gatewise.training.schedule import plan_schedule as plan_with
 from gatewise.training.schedule_config import POLICIES, ScheduleConfig
 
 
@@ -30,8 +33,12 @@ def profile(path: Path, *, expert: int = 2, computes: bool = True) -> str:
 
 def config(**schedule: Any) -> TrainConfig:
     return TrainConfig(
-        parallel=ParallelConfig(ranks=2, expert=2), schedule=ScheduleConfig(**schedule)
+        parallel=ParallelConfig(ranks=2, expert=2, node=1), schedule=ScheduleConfig(**schedule)
     )
+
+
+def plan_schedule(settings: TrainConfig) -> TrainingSchedule:
+    return plan_with(settings, known_profile(settings))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +52,7 @@ def config(**schedule: Any) -> TrainConfig:
         ({"chunks_forward": 2}, "schedule.policy is serial, which has 1 chunk"),
         ({"policy": "fsmoe", "chunks_forward": 0}, "schedule.chunks_forward is 0; it must be"),
         ({"trace": 0}, "schedule.trace is 0; it must be at least 1 or null"),
+        ({"refit": 0}, "schedule.refit is 0; it must be at least 1 or null"),
         ({"max_chunks": 0}, "schedule.max_chunks is 0; it must be at least 1$"),
         (
             {"policy": "fsmoe", "profile": "p.json", "chunks_forward": 2},
@@ -75,6 +83,9 @@ def test_more_chunks_than_tokens_are_refused() -> None:
 def test_a_dense_model_has_nothing_to_schedule() -> None:
     schedule = ScheduleConfig(policy="fsmoe", chunks_forward=2)
     with pytest.raises(ConfigError, match=r"schedule\.policy is fsmoe but the model has no MoE"):
+        TrainConfig(model=ModelConfig(num_experts=0), schedule=schedule)
+    schedule = ScheduleConfig(profile="measure")
+    with pytest.raises(ConfigError, match=r"schedule\.profile is measure but the model has no MoE"):
         TrainConfig(model=ModelConfig(num_experts=0), schedule=schedule)
 
 
@@ -135,6 +146,51 @@ def test_a_profile_of_another_layout_is_refused(tmp_path: Path) -> None:
         plan_schedule(config(policy="fsmoe", profile=other))
     with pytest.raises(ConfigError, match=r"profile .*none.json cannot be read"):
         plan_schedule(config(policy="fsmoe", profile=str(tmp_path / "none.json")))
+
+
+def test_a_profile_of_other_nodes_is_refused(tmp_path: Path) -> None:
+    path = profile(tmp_path / "p.json")
+    settings = dataclasses.replace(
+        config(policy="fsmoe", profile=path), parallel=ParallelConfig(ranks=2, expert=2)
+    )
+    with pytest.raises(ConfigError) as caught:
+        plan_schedule(settings)
+    assert str(caught.value) == (
+        f"schedule.profile {path} is of nodes of 1 ranks, this run has nodes of 2; set "
+        "parallel.node to the ranks of a node, or schedule.profile=measure"
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"ranks": 3, "ranks_per_node": 2}, "ranks is 3, which is no multiple of the 2 ranks"),
+        ({"ranks": 2, "ranks_per_node": 0}, "ranks_per_node is 0; it must be at least 1"),
+        ({"ranks": 2, "ranks_per_node": 2, "shard": 3}, "shard is 3, which does not divide"),
+        ({"ranks": 2, "ranks_per_node": 1, "expert": 4}, "4, which does not divide the 2 ranks"),
+        ({"ranks": 2, "ranks_per_node": 1, "experts": 2}, "unexpected keyword argument"),
+    ],
+)
+def test_a_profile_whose_layout_cannot_be_is_refused_by_its_name(
+    layout: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    path = Path(profile(tmp_path / "p.json"))
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"layout": layout}))
+    with pytest.raises(ConfigError, match=rf"profile .*p\.json cannot be used: .*{message}"):
+        plan_schedule(config(policy="fsmoe", profile=str(path)))
+
+
+def test_a_bad_profile_ends_the_command_before_ranks_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = profile(tmp_path / "p.json", expert=1)
+    arguments = ["parallel.ranks=2", "parallel.expert=2", "parallel.node=1"]
+    arguments += ["schedule.policy=fsmoe", f"schedule.profile={other}", f"run.dir={tmp_path}/run"]
+    assert main(["train", "experiment=tiny", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "p.json is of another layout: its expert is 1, this job's is 2" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_micro_batches_bound_what_is_planned(tmp_path: Path) -> None:
