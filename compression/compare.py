@@ -66,6 +66,7 @@ class Comparison:
     delta_nats: float  # per token
     standard_error: float  # of it, over windows
     accuracy_loss_relative: float
+    accuracy_standard_error: float  # of that, over windows
 
 
 @torch.no_grad()
@@ -124,12 +125,16 @@ def compare_scores(before: Scores, after: Scores) -> Comparison:
     The standard error is that of a ratio of sums, so that a short last window counts for what it
     has.
     """
-    targets_W = before.targets_W.double()
-    moved_W = after.nats_W - before.nats_W
-    delta = float(moved_W.sum() / targets_W.sum())
-    count = len(moved_W)
-    left_W = moved_W - delta * targets_W
+    delta, error = _per_target(after.nats_W - before.nats_W, before.targets_W)
+    lost, lost_error = _per_target((before.right_W - after.right_W).double(), before.targets_W)
+    accuracy = before.accuracy or 1.0
+    return Comparison(delta, error, lost / accuracy, lost_error / accuracy)
+
+
+def _per_target(moved_W: Tensor, targets_W: Tensor) -> tuple[float, float]:
+    """Return a sum over windows per target, and the standard error of that ratio."""
+    total, count = float(targets_W.sum()), len(moved_W)
+    ratio = float(moved_W.sum()) / total
+    left_W = moved_W - ratio * targets_W.double()
     variance = float(left_W.square().sum()) / max(count - 1, 1)
-    error = math.sqrt(variance * count) / float(targets_W.sum())
-    accuracy = (before.accuracy - after.accuracy) / before.accuracy if before.accuracy else 0.0
-    return Comparison(delta, error, accuracy)
+    return ratio, math.sqrt(variance * count) / total

@@ -2,6 +2,7 @@
 
     calibration/prune_*.json        what the tokens say of dropping experts (prune=... only)
                 before.json         what the uncompressed model makes of each validation window
+                after.json          the same of the compressed one; kept for other comparisons
 
 Read first: `report.py`, `compare.py`, `prune_stage.py`.
 """
@@ -114,6 +115,7 @@ def _evaluate(work: Work, pruning: Pruning | None) -> dict[str, Any]:
     model = work.load_after()
     with count_choices(model) as asked:
         after = score("evaluate after", model)
+    replace_file(work.calibration / "after.json", after.to_json())
     change = compare_scores(before, after)
     found: dict[str, Any] = {
         "loss_before": before.loss,
