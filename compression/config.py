@@ -1,5 +1,6 @@
 """Settings of `gatewise compress`: how wide, by which costs, which quantiser, on which text."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -200,7 +201,7 @@ class PruneConfig:
     protect: Protect = Protect.none
     share: float = 0.02  # of the tokens of a sequence that are protected
     queries: int = 512  # protect=col: attention of so many last positions counts
-    quantile: float = 0.5  # ratio, saliency: share of each rank dropped on calibration
+    quantile: float = 0.5  # of the calibration tokens: ratio by rank, saliency of all ranks but 1
     mu: float | None = None  # ratio: one threshold for all layers and ranks; null: calibrated
     keep_least: int = 1  # ser: experts of a token that always stay
     threshold: float = 0.4  # ser: of the weight, relative to the largest
@@ -221,8 +222,10 @@ class PruneConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"prune.{name} is {value}; it must be at least 1")
-        if self.mu is not None and not self.mu >= 0:
-            raise ConfigError(f"prune.mu is {self.mu}; it must be at least 0 or null")
+        if self.mu is not None and not 0 <= self.mu < math.inf:
+            raise ConfigError(
+                f"prune.mu is {self.mu}; it must be a finite number, at least 0, or null"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -64,12 +64,19 @@ def check_repairable(config: RouterConfig, rule: Repair) -> None:
             f"repair is {rule.name}, but a pre-gate chooses the experts of this model, not its "
             "layers' routers"
         )
+    by_none = config.scorer in {Scorer.sparsity, Scorer.hash}
+    if rule is Repair.cross_entropy and by_none:
+        raise ConfigError(
+            f"repair is cross_entropy, which trains the routers' weights; those of this model have "
+            f"none (scorer={config.scorer.name}): use repair=none"
+        )
     if rule is Repair.topk_mse and (
         config.scorer is not Scorer.linear or config.selector is not Selector.topk
     ):
         raise ConfigError(
             f"repair is topk_mse, which fits linear routers that take the best K; this model has "
-            f"scorer={config.scorer.name}, selector={config.selector.name}: use cross_entropy"
+            f"scorer={config.scorer.name}, selector={config.selector.name}: use "
+            f"{'none' if by_none else 'cross_entropy'}"
         )
 
 

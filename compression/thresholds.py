@@ -1,11 +1,14 @@
 """Where dynamic pruning draws the line: thresholds from the calibration tokens.
 
-All are found on the quantised model, because quantisation moves the weights of experts. A rule that
-drops a share of each rank takes that quantile of what was seen, so on the calibration tokens it
-drops that many (equal values stay together). `budget` knows for some thresholds of every layer how
-many activations they keep and how far they move the layer's output, and chooses one per layer: the
-least sum of errors among all choices that keep no more than asked, an exact knapsack. The error is
-relative to the residual stream after the block, which is what the next layers normalise.
+All are found on the quantised model, because quantisation moves the weights of experts, with
+nothing pruned in the layers before. The threshold of a quantile q lies above int(q N) of the N
+values that were seen, or fewer where values are equal: those of one rank for `ratio`, those of all
+ranks from the second for `saliency`. What is dropped differs from that share where tokens are
+protected, where a rank follows a dropped one, and in layers behind pruned ones. `budget` knows for
+some thresholds of every layer how many activations they keep and how far they move the layer's
+output, and chooses one per layer: the least sum of errors among all choices that keep no more than
+asked, an exact knapsack. The error is relative to the residual stream after the block, which is
+what the next layers normalise.
 
 Read first: `pruning.py`, `stream.py`.
 
@@ -45,7 +48,6 @@ __all__ = ["LayerThresholds", "choose_rules", "measure_thresholds"]
 ALL = sys.float_info.max  # a threshold that nothing reaches; JSON has no infinity
 _LEVELS = 20  # thresholds of a layer that `budget` chooses from, beside dropping nothing
 _ROWS = 4096  # tokens whose expert outputs are in memory together
-_UNITS = 1 << 20  # of the knapsack's budget, at most
 
 
 @dataclass(slots=True)
@@ -177,7 +179,7 @@ def choose_rules(found: Sequence[LayerThresholds], config: PruneConfig) -> Pruni
         if config.rule is PruneRule.ratio:
             ratio = tuple(layer.ratio)
             if config.mu is not None:
-                ratio = _one_ratio(layer, min(config.mu, ALL)).ratio
+                ratio = _one_ratio(layer, config.mu).ratio
         elif config.rule is PruneRule.ser:
             # kept above the threshold, not at it; 0 drops nothing
             above = math.nextafter(config.threshold, 2) if config.threshold else 0.0
@@ -206,7 +208,10 @@ def choose_rules(found: Sequence[LayerThresholds], config: PruneConfig) -> Pruni
 
 
 def quantile(value_N: Tensor, share: float) -> float:
-    """Return a threshold that int(share * N) of N values lie below, if no two are equal."""
+    """Return a threshold that int(share * N) of N values lie below, fewer if some are equal.
+
+    A share of 1 gives `ALL`, which is above all of them.
+    """
     count = int(share * value_N.numel())
     if count >= value_N.numel():
         return ALL
@@ -228,15 +233,9 @@ def _solve(found: Sequence[LayerThresholds], keep: float) -> list[int]:
             f"prune.keep is {keep:g}, but the largest expert of every token, and all of protected "
             f"tokens, are {least / pairs:.4g} of all activations already; raise it"
         )
-    # what a layer keeps beyond its least, in units rounded up, so that the sum keeps to the budget
-    room = budget - least
-    unit = max(1, -(-room // _UNITS))
-    weights = [
-        [-(-(kept - min(layer.level_kept)) // unit) for kept in layer.level_kept] for layer in found
-    ]
     errors = [layer.level_error for layer in found]
     # among equal errors the later option wins: fewer experts
-    return solve_knapsack(errors, weights, room // unit)
+    return solve_knapsack(errors, [layer.level_kept for layer in found], budget)
 
 
 def _watch(stream: BlockStream, block: Block, config: PruneConfig) -> _Seen:

@@ -46,7 +46,7 @@ _OPTIONAL = (
     _Optional("transformers", "transformers", "checks, a peer", "pip install -e '.[hf]'"),
     _Optional("datasets", "datasets", "data.hf", "pip install datasets"),
     _Optional("plotly", "plotly", "HTML reports", "pip install -e '.[report]'"),
-    _Optional("ninja", "ninja", "quicker builds of C++ kernels", "pip install ninja"),
+    _Optional("ninja", "ninja", "builds of DeepSpeed's operators", "pip install ninja"),
 )
 
 
@@ -198,7 +198,7 @@ def _show(found: Mapping[str, Any]) -> None:
         ("features", ", ".join(features) or "none known"),
         ("bf16 units", "yes" if {"amx_bf16", "avx512_bf16", "bf16"} & set(features) else "no"),
         ("allocator", found["allocator"]),
-        ("compiler", found["compiler"] or "none: kernels fall back to torch (install g++)"),
+        ("compiler", found["compiler"] or "none: torch computes instead of kernels (install g++)"),
         ("kernels", _kernels_text(found["kernels"])),
     ]
     for name, value in found["backends"].items():
@@ -220,8 +220,8 @@ def _kernels_text(kernels: Mapping[str, Any]) -> str:
     if kernels["library"] is None:
         if "problem" in kernels:
             return f"none: {kernels['problem']}"
-        return "not built: they are at first use, or now by gatewise doctor --build"
-    packed = ", ".join(kernels["instructions"]) or "torch"
+        return "not built yet: at first use, or now by gatewise doctor --build"
+    packed = ", ".join(kernels["instructions"]) or "none for this processor, torch computes"
     return f"built; products with packed weights: {packed}"
 
 

@@ -32,7 +32,7 @@ class EvaluateConfig:
     """Fields of the command's own."""
 
     checkpoint: str | None = None  # a run's folder, its checkpoints folder or one step
-    weights: Weights | None = None  # of a compressed model; null: packed
+    weights: Weights | None = None  # of a compressed model; null: packed where kernels are
 
 
 def usage(arguments: Sequence[str]) -> str:
@@ -54,13 +54,13 @@ def run(arguments: Sequence[str]) -> int:
     from gatewise.launch.restore import check_weights, open_checkpoint
 
     stored = open_checkpoint(own.checkpoint)
-    weights = check_weights(stored, own.weights)
+    check_weights(stored, own.weights)
     config = override_config(
         replace(stored.config, run=RunConfig()), rest, sections=(*_SECTIONS, "run")
     )
     folder = RunFolder.choose(config.run.dir, "evaluate")
     stored = replace(stored, config=config)
-    return run_session("evaluate", folder, lambda: _evaluate(stored, weights, folder.path))
+    return run_session("evaluate", folder, lambda: _evaluate(stored, own.weights, folder.path))
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[EvaluateConfig, list[str]]:
@@ -72,8 +72,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[EvaluateConfig, list[str]
     return split_overrides(EvaluateConfig, arguments)
 
 
-def _evaluate(stored: "Stored", weights: Weights, folder: Path) -> Mapping[str, Any]:
-    from gatewise.launch.restore import restore_data, restore_model
+def _evaluate(stored: "Stored", asked: Weights | None, folder: Path) -> Mapping[str, Any]:
+    from gatewise.launch.restore import choose_weights, restore_data, restore_model
     from gatewise.parallel.config import ParallelConfig
     from gatewise.parallel.runtime import running
     from gatewise.training.evaluate import evaluate
@@ -82,6 +82,7 @@ def _evaluate(stored: "Stored", weights: Weights, folder: Path) -> Mapping[str, 
     data = restore_data(stored, folder)
     threads = threads_per_rank(None, 1, os.environ)
     with running(ParallelConfig(threads=threads)) as runtime:
+        weights = choose_weights(stored, asked, runtime.device)
         evaluation = evaluate(
             restore_model(stored, device=runtime.device, weights=weights),
             data,

@@ -31,7 +31,7 @@ class GenerateConfig:
     top_k: int = 50  # draw among so many; 0: all
     seed: int = 0  # the same seed gives the same text
     precision: Precision | None = None  # None: as the run was trained
-    weights: Weights | None = None  # of a compressed model; None: packed
+    weights: Weights | None = None  # of a compressed model; None: packed where kernels are
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -61,6 +61,7 @@ def _generate(config: GenerateConfig, checkpoint: str) -> Mapping[str, Any]:
     from gatewise.compression.runtime import weight_bytes
     from gatewise.launch.restore import (
         check_weights,
+        choose_weights,
         open_checkpoint,
         restore_model,
         restore_tokenizer,
@@ -73,13 +74,14 @@ def _generate(config: GenerateConfig, checkpoint: str) -> Mapping[str, Any]:
         tokens=config.tokens, temperature=config.temperature, top_k=config.top_k, seed=config.seed
     )
     stored = open_checkpoint(checkpoint)
-    weights = check_weights(stored, config.weights)
+    check_weights(stored, config.weights)
     if config.precision is not None:
         stored = replace(stored, config=replace(stored.config, precision=config.precision))
     tokenizer = restore_tokenizer(stored)
     pieces: list[str] = []
     threads = threads_per_rank(None, 1, os.environ)
     with running(ParallelConfig(threads=threads)) as runtime:
+        weights = choose_weights(stored, config.weights, runtime.device)
         model = restore_model(stored, device=runtime.device, weights=weights)
         tally, began = Tally(), time.perf_counter()
         print(config.prompt, end="", flush=True)

@@ -1,6 +1,7 @@
 """Find a checkpoint by any of its names and build the model that lies in it."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from gatewise.compression.pruning import apply_pruning, read_pruning
 from gatewise.compression.runtime import load_packed
 from gatewise.conf.compose import config_from_yaml
 from gatewise.moe.model import Decoder, set_precision
+from gatewise.moe.ops.native_packed import load_packed_kernels
 from gatewise.moe.parallelize import build_model
 from gatewise.parallel.collectives import NO_GROUP
 from gatewise.parallel.errors import CheckpointError, ConfigError
@@ -31,6 +33,7 @@ __all__ = [
     "Stored",
     "check_resume",
     "check_weights",
+    "choose_weights",
     "locate_checkpoint",
     "open_checkpoint",
     "restore_data",
@@ -38,6 +41,7 @@ __all__ = [
     "restore_tokenizer",
 ]
 
+_log = logging.getLogger(__name__)
 # Fields of the model that a run may change when it goes on: they shape no tensor.
 _FREE_FIELDS = ("top_k", "init_std", "capacity")
 
@@ -61,18 +65,33 @@ class Stored:
         return int(self.meta["step"])
 
 
-def check_weights(stored: Stored, weights: Weights | None) -> Weights:
-    """Return how weights are held: packed unless something else was asked for.
+def check_weights(stored: Stored, weights: Weights | None) -> None:
+    """Refuse a way of holding weights that the checkpoint does not have.
 
     Raises:
-        ConfigError: if it was asked of a checkpoint that is not compressed.
+        ConfigError: if one was asked of a checkpoint that is not compressed.
     """
     if weights is not None and not stored.is_compressed:
         raise ConfigError(
             f"weights is {weights.name}, but checkpoint {stored.path} is not compressed; leave "
             "weights out, or run `gatewise compress` first"
         )
-    return weights or Weights.packed
+
+
+def choose_weights(stored: Stored, weights: Weights | None, device: torch.device) -> Weights:
+    """Return how weights are held: as asked, else packed where kernels multiply them."""
+    if weights is not None:
+        return weights
+    if not stored.is_compressed:
+        return Weights.dequantised
+    if device.type == "cpu" and load_packed_kernels() is not None:
+        return Weights.packed
+    _log.warning(
+        "no kernels multiply packed weights on this %s: the weights are dequantised, which takes "
+        "the memory of an uncompressed model (weights=packed computes slowly instead)",
+        "machine" if device.type == "cpu" else device.type,
+    )
+    return Weights.dequantised
 
 
 def locate_checkpoint(name: str) -> Path:

@@ -10,6 +10,7 @@ Read first: `layout.py`.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,10 @@ from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import TrainConfig
 
 __all__ = ["FORMATS", "export_artefact"]
+
+_EXPORTED = re.compile(
+    r"config\.json|tokenizer\.json|model\.safetensors\.index\.json|model-\d+-of-\d+\.safetensors"
+)
 
 FORMATS: dict[str, Callable[[], Format]] = {
     "hf": Bfloat16,
@@ -56,16 +61,18 @@ def export_artefact(
         vocab_size: rows of the embedding.
         end_of_text: id that ends a text.
         format_name: one of `FORMATS`.
-        folder: of the result; what stands there of an earlier export is replaced.
+        folder: of the result; an earlier export there is replaced.
         progress: told of every finished file.
 
     Returns:
         What was written: architecture, files, tensors, bytes.
 
     Raises:
-        ConfigError: with the reason, if the model or its plan has no place in the format.
+        ConfigError: with the reason, if the model or its plan has no place in the format, or the
+            folder holds what no export has written.
         CheckpointError: if the artefact lacks a planned tensor.
     """
+    _check_replaceable(folder)
     kind, plan = FORMATS[format_name](), read_plan(artefact)
     layout = choose_layout(config, _states(artefact, plan))
     kind.check(plan)
@@ -84,9 +91,26 @@ def export_artefact(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    _check_replaceable(folder)  # once more: that was long ago
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return {"architecture": settings["architectures"][0], **record}
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to delete anything but an earlier export."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise ConfigError(
+            f"{folder} is no folder of an export; remove it, or choose another run.dir"
+        )
+    for path in sorted(folder.iterdir()):
+        if not _EXPORTED.fullmatch(path.name) or path.is_dir():
+            raise ConfigError(
+                f"{folder} holds {path.name!r}, which no export wrote, so it is not replaced; "
+                "choose another run.dir"
+            )
 
 
 def _write(  # noqa: PLR0917 - what one export is made of

@@ -1,15 +1,15 @@
 """Exported files hold the weights that we compute with, by an unpacker of their own.
 
-The unpackers below work bit by bit from the formats' descriptions and share no code with the
-writers.
+The unpackers below work on bits, from the formats' descriptions, and share no code with
+the writers.
 """
 
 import json
 import math
-from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compressed_models import compressed, settings, trained
@@ -102,47 +102,55 @@ def expected(model: Decoder) -> dict[str, Tensor]:
     return found
 
 
-def code_at(words: list[int], place: int, bits: int) -> int:
-    """Read one code of a stream of 32-bit words."""
-    value = 0
-    for bit in range(bits):
-        word, inside = divmod(place * bits + bit, 32)
-        value |= ((words[word] & 0xFFFFFFFF) >> inside & 1) << bit
-    return value
+def codes_of(words: Tensor, bits: int, count: int) -> Tensor:
+    """Read each row's first `count` codes from a stream of 32-bit words, lowest bits first."""
+    data = words.contiguous().numpy().view("<u1").reshape(len(words), -1)
+    bit = np.unpackbits(data, axis=1, bitorder="little")[:, : count * bits]
+    value = bit.reshape(len(words), count, bits) @ (1 << np.arange(bits))
+    return torch.from_numpy(value)
 
 
 def unpack_gptq(tensors: dict[str, Tensor], module: str, offset: int) -> Tensor:
     """Dequantise a module of a GPTQ checkpoint; `offset` is what version 1 adds to zeros."""
-    scales = tensors[f"{module}.scales"].float()
-    groups, outputs = scales.shape
-    columns = tensors[f"{module}.g_idx"].tolist()
-    bits = tensors[f"{module}.qweight"].shape[0] * 32 // len(columns)
-    qweight = tensors[f"{module}.qweight"].t().tolist()
-    qzeros = tensors[f"{module}.qzeros"].tolist()
-    assert max(columns) == groups - 1
-    value = torch.empty(outputs, len(columns))
-    for n in range(outputs):
-        for k, group in enumerate(columns):
-            zero = code_at(qzeros[group], n, bits) + offset
-            code = code_at(qweight[n], k, bits)
-            value[n, k] = scales[group, n] * (code - zero)
-    return value
+    scale_GN = tensors[f"{module}.scales"].float()
+    groups, outputs = scale_GN.shape
+    group_K = tensors[f"{module}.g_idx"].long()
+    bits = tensors[f"{module}.qweight"].shape[0] * 32 // len(group_K)
+    assert int(group_K.max()) == groups - 1
+    code_NK = codes_of(tensors[f"{module}.qweight"].t(), bits, len(group_K))
+    zero_GN = codes_of(tensors[f"{module}.qzeros"], bits, outputs) + offset
+    return scale_GN.t()[:, group_K] * (code_NK - zero_GN.t()[:, group_K])
 
 
 def unpack_compressed_tensors(tensors: dict[str, Tensor], module: str, bits: int) -> Tensor:
     """Dequantise a module of a pack-quantized checkpoint, in signed numbers."""
     outputs, columns = tensors[f"{module}.weight_shape"].tolist()
-    scale = tensors[f"{module}.weight_scale"].float()
-    packed = tensors[f"{module}.weight_packed"].tolist()
-    zeros = tensors[f"{module}.weight_zero_point"].t().tolist()
-    size = columns // scale.shape[1]
-    value = torch.empty(outputs, columns)
-    for n in range(outputs):
-        for k in range(columns):
-            zero = code_at(zeros[k // size], n, bits) - (1 << bits - 1)
-            signed = code_at(packed[n], k, bits) - (1 << bits - 1)
-            value[n, k] = scale[n, k // size] * (signed - zero)
-    return value
+    scale_NG = tensors[f"{module}.weight_scale"].float()
+    half, groups = 1 << bits - 1, scale_NG.shape[1]
+    signed_NK = codes_of(tensors[f"{module}.weight_packed"], bits, columns) - half
+    zero_GN = codes_of(tensors[f"{module}.weight_zero_point"].t(), bits, outputs) - half
+    assert zero_GN.shape == (groups, outputs)
+    group_K = torch.arange(columns) // (columns // groups)
+    return scale_NG[:, group_K] * (signed_NK - zero_GN.t()[:, group_K])
+
+
+def check_kept(tensors: dict[str, Tensor], model: Decoder) -> None:
+    """Hold what is not quantised to the model's own, by names written out here."""
+    parameters = {name: part.detach().bfloat16() for name, part in model.named_parameters()}
+    names = {
+        "model.embed_tokens.weight": "embedding",
+        "lm_head.weight": "head",
+        "model.norm.weight": "norm_final.gain",
+    }
+    for layer in range(model.config.layers):
+        here, there = f"blocks.{layer}.", f"model.layers.{layer}."
+        names |= {
+            f"{there}input_layernorm.weight": f"{here}norm_attention.gain",
+            f"{there}post_attention_layernorm.weight": f"{here}norm_feed_forward.gain",
+            f"{there}block_sparse_moe.gate.weight": f"{here}feed_forward.router.weight",
+        }
+    for theirs, mine in names.items():
+        assert torch.equal(tensors[theirs], parameters[mine]), theirs
 
 
 def without_zero_at_zero(artefact: Path) -> bool:
@@ -157,8 +165,8 @@ def test_c34_gptq_v2_holds_our_weights(mixtral: Source, mixed: Path, tmp_path: P
     modules = expected(ours(mixed))
     assert len(modules) == 2 * (4 + 3 * 4)
     for name, weight in modules.items():
-        if "experts" not in name or name.endswith("w1"):  # bit by bit is slow
-            assert torch.equal(unpack_gptq(tensors, name, 0), weight), name
+        assert torch.equal(unpack_gptq(tensors, name, 0), weight), name
+    check_kept(tensors, ours(mixed))
     record = json.loads((tmp_path / "gptq_v2" / "config.json").read_text())
     quantisation = record["quantization_config"]
     assert quantisation["checkpoint_format"] == "gptq_v2"
@@ -181,8 +189,8 @@ def test_c34_gptq_v1_holds_our_weights_or_says_why_not(
     tensors = export(mixtral, path, "gptq", tmp_path)
     modules = {name: part for name, part in expected(ours(path)).items() if "experts" in name}
     for name, weight in modules.items():
-        if name.endswith("w2"):
-            assert torch.equal(unpack_gptq(tensors, name, 1), weight), name
+        assert torch.equal(unpack_gptq(tensors, name, 1), weight), name
+    check_kept(tensors, ours(path))
     skipped = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
     assert any(key.startswith("-:") and "q_proj" in key for key in skipped["dynamic"])
 
@@ -203,9 +211,9 @@ def test_c34_compressed_tensors_holds_our_weights(
     modules = expected(ours(even))
     assert bits_of.keys() == modules.keys()
     for name, weight in modules.items():
-        if "experts" not in name or name.endswith("0.w3"):
-            found = unpack_compressed_tensors(tensors, name, bits_of[name])
-            assert torch.equal(found, weight), name
+        found = unpack_compressed_tensors(tensors, name, bits_of[name])
+        assert torch.equal(found, weight), name
+    check_kept(tensors, ours(even))
 
 
 def test_c34_mixed_widths_in_a_layer_are_refused_with_the_reason(
@@ -259,6 +267,21 @@ def test_c34_transformers_computes_our_logits(
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
 
 
+def test_an_export_replaces_only_an_export(mixtral: Source, mixed: Path, tmp_path: Path) -> None:
+    first = export(mixtral, mixed, "hf", tmp_path)
+    again = export(mixtral, mixed, "hf", tmp_path)
+    assert first.keys() == again.keys()
+    (tmp_path / "hf" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"hf holds 'thesis\.tex', which no export wrote"):
+        export(mixtral, mixed, "hf", tmp_path)
+    assert (tmp_path / "hf" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "hf" / "config.json").exists()
+    (tmp_path / "gptq_v2").write_text("a file")
+    with pytest.raises(ConfigError, match="gptq_v2 is no folder of an export"):
+        export(mixtral, mixed, "gptq_v2", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gptq_v2", "hf"]
+
+
 def test_c14_signs_and_ternary_codes_are_exact_in_two_bits() -> None:
     w_ENK = torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(0))
     search = GridSearch.wide(low=0.3, high=1.0, steps=5, refine=1, zero=ZeroPoint.int)
@@ -268,20 +291,19 @@ def test_c14_signs_and_ternary_codes_are_exact_in_two_bits() -> None:
         assert found.bits == 2
         assert found.code_NK.unique().tolist() == ([1, 3] if bits == 1 else [0, 1, 2])
         assert found.zero_NG.unique().tolist() == [2 if bits == 1 else 1]
-        words = pack_words(found.code_NK, 2).tolist()
-        for n, k in product(range(2), range(48)):
-            code, group = code_at(words[n], k, 2), k // 16
-            value = float(found.scale_NG[n, group]) * (code - int(found.zero_NG[n, group]))
-            assert value == float(matrix.dequantise()[n + 1, k])
-            if bits == 1:
-                assert abs(value) == float(matrix.scale_NG[n + 1, group]) / 2
+        code_NK = codes_of(pack_words(found.code_NK, 2), 2, 48)
+        group_K = torch.arange(48) // 16
+        value_NK = found.scale_NG[:, group_K] * (code_NK - found.zero_NG[:, group_K].int())
+        assert torch.equal(value_NK.float(), matrix.dequantise()[1:3])
+        if bits == 1:
+            assert torch.equal(value_NK.abs(), matrix.scale_NG[1:3][:, group_K] / 2)
 
 
 def test_words_are_filled_from_the_lowest_bit() -> None:
     code_NK = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]], dtype=torch.uint8)
-    words = pack_words(code_NK, 3)[0].tolist()
-    assert len(words) == 2
-    assert [code_at(words, place, 3) for place in range(11)] == code_NK[0].tolist()
+    words = pack_words(code_NK, 3)
+    assert words.shape == (1, 2)
+    assert codes_of(words, 3, 11).tolist() == code_NK.tolist()
     assert pack_words(torch.tensor([[255] * 4], dtype=torch.uint8), 8).tolist() == [[-1]]
 
 

@@ -325,16 +325,18 @@ def test_ser_top_p_and_saliency_drop_as_their_formulas_say() -> None:
     assert kept(saliency) == [[True, False, True], [True, True, False]]
 
 
-def test_the_budget_is_met_at_the_least_error_of_all_choices() -> None:
+@pytest.mark.parametrize(("scale", "rounds"), [(1, 20), (9973, 2)])
+def test_the_budget_is_met_at_the_least_error_of_all_choices(scale: int, rounds: int) -> None:
     generator = torch.Generator().manual_seed(8)
-    for _ in range(20):
+    for _ in range(rounds):
         layers = []
         for layer in range(3):
-            falls = torch.randint(10, 30, (4,), generator=generator).cumsum(0).tolist()
+            falls = torch.randint(10 * scale, 30 * scale, (4,), generator=generator)
+            kept = [200 * scale, *(200 * scale - falls.cumsum(0)).tolist()]
             rises = torch.rand(4, generator=generator).cumsum(0).tolist()
-            levels = LayerThresholds(layer, 100, 200, 2, 0.0)
+            levels = LayerThresholds(layer, 100 * scale, 200 * scale, 2, 0.0)
             levels.level_ratio = [0.0, 0.2, 0.4, 0.6, 0.8]
-            levels.level_kept = [200, *(200 - fall for fall in falls)]
+            levels.level_kept = kept
             levels.level_error = [0.0, *rises]
             layers.append(levels)
         keep = 0.8
@@ -342,7 +344,8 @@ def test_the_budget_is_met_at_the_least_error_of_all_choices() -> None:
         best = min(
             (sum(a.level_error[i] for a, i in zip(layers, choice, strict=True)), choice)
             for choice in choices
-            if sum(a.level_kept[i] for a, i in zip(layers, choice, strict=True)) <= keep * 600
+            if sum(a.level_kept[i] for a, i in zip(layers, choice, strict=True))
+            <= keep * 600 * scale
         )
         config = PruneConfig(rule=PruneRule.budget, keep=keep)
         found = [rule.ratio[1] for rule in choose_rules(layers, config).layers]
@@ -350,7 +353,7 @@ def test_the_budget_is_met_at_the_least_error_of_all_choices() -> None:
             a.level_error[a.level_ratio.index(mu)] for a, mu in zip(layers, found, strict=True)
         )
         assert error == pytest.approx(best[0], abs=1e-9)
-    for found_layer in layers:  # more pairs than the solver has units for, and none to spare
+    for found_layer in layers:  # many pairs, and none to spare
         found_layer.pairs = 5000001
         found_layer.level_kept = [5000001 - level for level in range(5)]
     tight = PruneConfig(rule=PruneRule.budget, keep=3 * 4999997 / (3 * 5000001))
@@ -374,6 +377,8 @@ def test_a_rule_is_the_same_after_writing_and_reading() -> None:
         ({"share": 1.5}, r"prune\.share is 1\.5"),
         ({"keep": 0.0}, r"prune\.keep is 0"),
         ({"mu": -1.0}, r"prune\.mu is -1"),
+        ({"mu": math.inf}, r"prune\.mu is inf; it must be a finite number"),
+        ({"mu": math.nan}, r"prune\.mu is nan"),
         ({"keep_least": 0}, r"prune\.keep_least is 0"),
     ],
 )

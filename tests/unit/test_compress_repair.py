@@ -118,5 +118,12 @@ def test_routers_that_cannot_be_fitted_are_refused() -> None:
     with pytest.raises(ConfigError, match="a pre-gate chooses"):
         check_repairable(preset("gru_pregate"), Repair.cross_entropy)
     check_repairable(preset("rmoe"), Repair.cross_entropy)
+    for name in ("moe_x", "hash"):
+        with pytest.raises(
+            ConfigError, match=r"trains the routers' weights; .* have none \(scorer="
+        ):
+            check_repairable(preset(name), Repair.cross_entropy)
+        with pytest.raises(ConfigError, match=r"topk_mse, .*: use none"):
+            check_repairable(preset(name), Repair.topk_mse)
     with pytest.raises(ConfigError, match=r"repair\.rate is 0"):
         RepairConfig(rate=0.0)

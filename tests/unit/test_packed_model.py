@@ -13,7 +13,13 @@ from gatewise.compression.load import load_compressed
 from gatewise.compression.plan import Plan
 from gatewise.compression.runtime import load_packed, to_panels, weight_bytes
 from gatewise.compression.work import Source
-from gatewise.launch.restore import check_weights, open_checkpoint, restore_model
+from gatewise.launch import restore
+from gatewise.launch.restore import (
+    check_weights,
+    choose_weights,
+    open_checkpoint,
+    restore_model,
+)
 from gatewise.moe.attention import KeyValueCache
 from gatewise.moe.model import Decoder
 from gatewise.moe.ops.packed import unpack_weight_reference
@@ -139,14 +145,34 @@ def test_how_weights_are_held_can_be_chosen_for_compressed_models_only(
     source: Source, artefact: Path
 ) -> None:
     stored = open_checkpoint(str(artefact))
-    assert check_weights(stored, None) is Weights.packed
-    assert check_weights(stored, Weights.dequantised) is Weights.dequantised
+    check_weights(stored, None)
+    check_weights(stored, Weights.dequantised)
+    assert choose_weights(stored, Weights.dequantised, CPU) is Weights.dequantised
     packed = restore_model(stored, device=CPU, weights=Weights.packed)
     assert weight_bytes(packed) < weight_bytes(restore_model(stored, device=CPU)) / 2
     with pytest.raises(
         ConfigError, match=r"weights is packed, but checkpoint .* is not compressed"
     ):
         check_weights(open_checkpoint(str(source.path)), Weights.packed)
+
+
+def test_weights_are_packed_only_where_kernels_multiply_them(
+    source: Source,
+    artefact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stored = open_checkpoint(str(artefact))
+    monkeypatch.setattr(restore, "load_packed_kernels", object)
+    assert choose_weights(stored, None, CPU) is Weights.packed
+    assert choose_weights(open_checkpoint(str(source.path)), None, CPU) is Weights.dequantised
+    assert not caplog.records
+    monkeypatch.setattr(restore, "load_packed_kernels", lambda: None)
+    assert choose_weights(stored, None, CPU) is Weights.dequantised
+    assert "no kernels multiply packed weights on this machine" in caplog.text
+    assert choose_weights(stored, Weights.packed, CPU) is Weights.packed
+    assert choose_weights(stored, None, torch.device("cuda")) is Weights.dequantised
+    assert "on this cuda" in caplog.text
 
 
 def test_an_artefact_that_does_not_fit_is_an_error(source: Source, artefact: Path) -> None:
