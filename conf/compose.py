@@ -204,7 +204,10 @@ def _set_field(tree: DictConfig, field: Field, text: str) -> None:
     try:
         OmegaConf.update(tree, field.name, field.parse(text))
     except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error)) from error
+        mistake = _explain(error)  # within an entry of a list it names the entry's field only
+        raise ConfigError(
+            mistake if mistake.startswith(field.name) else f"{field.name}: {mistake}"
+        ) from error
 
 
 def _to_object(tree: DictConfig) -> Any:  # whatever dataclass the tree was made from

@@ -36,7 +36,13 @@ _BOOLEANS = {
     "off": False,
     "0": False,
 }
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list, as in [{name: value, ...}, ...]",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class Field:
     """One setting that is not a section."""
 
     name: str  # dotted, as it is written on the command line
-    kind: type  # int, float, bool, str or an Enum
+    kind: type  # int, float, bool, str, list or an Enum
     optional: bool  # may be null
     default: Any
     meaning: str
@@ -69,6 +75,8 @@ class Field:
             return text
         if self.kind is str:
             return _unquote(text)
+        if self.kind is list:
+            return self._parse_list(text)
         try:
             return self._convert(_unquote(text.strip()))
         except (KeyError, ValueError):
@@ -77,6 +85,18 @@ class Field:
         if issubclass(self.kind, Enum):
             hint = nearest(text, self.kind.__members__)
         raise ConfigError(f"{self.name} is {text!r}; it must be {self.allowed()}{hint}")
+
+    def _parse_list(self, text: str) -> Any:
+        """Return the entries of a list in YAML's short form; the schema checks each of them."""
+        from omegaconf import OmegaConf
+
+        try:
+            entries = OmegaConf.to_container(OmegaConf.create(_unquote(text.strip())))
+        except Exception:  # PyYAML's errors share no public base with OmegaConf's
+            entries = None
+        if not isinstance(entries, list):
+            raise ConfigError(f"{self.name} is {text!r}; it must be {self.allowed()}")
+        return entries
 
     def _convert(self, text: str) -> Any:
         if self.kind is bool:
@@ -213,7 +233,7 @@ def _scalar(hint: Any) -> tuple[type, bool]:
     if get_origin(hint) in (Union, types.UnionType):
         kinds = [kind for kind in get_args(hint) if kind is not type(None)]
         return kinds[0], type(None) in get_args(hint)
-    return hint, False
+    return (list, False) if get_origin(hint) is list else (hint, False)
 
 
 def _unquote(text: str) -> str:

@@ -25,7 +25,8 @@ from typing import Any
 from gatewise.launch.rank_log import configure_logging, log_tail, redirect, start_line
 from gatewise.launch.signals import Postman, StopSignals
 from gatewise.launch.world import Place
-from gatewise.parallel.errors import ConfigError
+from gatewise.parallel.beat import read_beat
+from gatewise.parallel.errors import ConfigError, RankError, is_lost_peer
 
 __all__ = ["Outcome", "RankFailure", "run_here", "run_ranks", "warm_up"]
 
@@ -33,7 +34,6 @@ Body = Callable[..., Mapping[str, Any]]
 
 _PRELOAD = ["torch", "torch.distributed.device_mesh", "torch.distributed.tensor"]
 _GRACE_SECONDS = 2.0  # for the other ranks to say what they saw, once one has failed
-_LOST_PEER = ("connection closed", "connection reset", "broken pipe", "timed out", "connectfull")
 
 
 class RankFailure(RuntimeError):
@@ -51,6 +51,7 @@ class Outcome:
     place: Place
     result: Mapping[str, Any] | None = None  # None until the body has returned
     error: str | None = None  # type and message of what it raised
+    speaks_for_all: bool = False  # the message names the rank that it is about by itself
     trace: str = ""
     peak_rss_mb: float = 0.0
     exit_code: int | None = None
@@ -95,7 +96,13 @@ def run_here(body: Body, place: Place, args: Sequence[Any], *, log: Path) -> Out
     except Exception as error:
         with open(log, "a", encoding="utf-8") as stream:
             stream.write(start_line() + traceback.format_exc())
-        outcome = Outcome(place, error=_one_line(error), trace=_trace(error), exit_code=1)
+        outcome = Outcome(
+            place,
+            error=_one_line(error),
+            speaks_for_all=isinstance(error, RankError),
+            trace=_trace(error),
+            exit_code=1,
+        )
         raise _failure([outcome], log.parent) from error
     finally:
         for handler in handlers:
@@ -250,6 +257,7 @@ class _Ranks:
         pipe.close()
         outcome.result = message.get("result")
         outcome.error = message.get("error")
+        outcome.speaks_for_all = message.get("speaks_for_all", False)
         outcome.trace = message.get("trace", "")
         outcome.peak_rss_mb = message.get("peak_rss_mb", 0.0)
 
@@ -275,6 +283,7 @@ def _rank_main(
     except BaseException as error:
         code = 1
         message["error"] = _one_line(error)
+        message["speaks_for_all"] = isinstance(error, RankError)
         message["trace"] = _trace(error)
         traceback.print_exc()
     message["peak_rss_mb"] = peak_rss_mb()
@@ -319,6 +328,11 @@ def _failure(outcomes: Sequence[Outcome], logs: Path) -> RankFailure:
             what += " (by hand, or because memory ran out)"
     else:
         what = f"ended with exit code {cause.exit_code} and no message"
+    if cause.error is not None and cause.speaks_for_all:
+        return RankFailure(cause.error)
+    beat = read_beat(logs, cause.place.rank)
+    if cause.error is None and beat is not None and beat.step:
+        what = f"{what} in step {beat.step} ({beat.phase})"
     details = cause.trace if cause.error is not None else log_tail(log)
     return RankFailure(
         f"rank {cause.place.rank}: {what} (log: {log})",
@@ -328,16 +342,16 @@ def _failure(outcomes: Sequence[Outcome], logs: Path) -> RankFailure:
 
 def _is_consequence(outcome: Outcome) -> bool:
     """Tell whether a rank only saw that another one was gone."""
-    return any(words in (outcome.error or "").lower() for words in _LOST_PEER)
+    return outcome.speaks_for_all or is_lost_peer(outcome.error or "")
 
 
 def _trace(error: BaseException) -> str:
     """Return the traceback to show; a user's mistake needs none, its line says what to do."""
-    return "" if isinstance(error, ConfigError) else traceback.format_exc()
+    return "" if isinstance(error, (ConfigError, RankError)) else traceback.format_exc()
 
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, ConfigError):
+    if isinstance(error, (ConfigError, RankError)):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

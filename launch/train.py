@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["run", "train_rank", "usage"]
 
 # What training imports late: loaded once here, not again by every rank (seconds each).
-_PRELOAD = ("gatewise.training.trainer", "torch.distributed.checkpoint", "torch._dynamo")
+PRELOAD = ("gatewise.training.trainer", "torch.distributed.checkpoint", "torch._dynamo")
 _SUMMARY = """Train a model. Where run.dir holds checkpoints, the run goes on from the newest one.
 Without torchrun or Slurm around it, the command starts parallel.ranks processes itself."""
 
@@ -241,7 +241,7 @@ def _start(config: TrainConfig, folder: RunFolder) -> Mapping[str, Any]:
     ranks = config.parallel.ranks
     threads = threads_per_rank(config.parallel.threads, ranks, os.environ)
     if ranks > 1:
-        warm_up(threads, preload=_PRELOAD)
+        warm_up(threads, preload=PRELOAD)
     else:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     _announce(config, folder, threads)

@@ -64,6 +64,20 @@ class Groups:
     tensor: Group = NO_GROUP  # ranks that split attention and read the same sequences
     tensor_data: ReduceGroups = ReduceGroups(NO_GROUP, NO_GROUP)  # of attention heads
 
+    def members(self) -> dict[str, list[int]]:
+        """Return the ranks of each group of this rank, by the name that reports use."""
+        experts, tensors = self.experts, self.tensor_data
+        parts = [self.control, experts.rows, experts.shard, experts.everyone, experts.local]
+        parts += [experts.across, self.dense.shard, self.dense.replicate, self.tensor]
+        parts += [self.expert_data.shard, self.expert_data.replicate]
+        parts += [tensors.shard, tensors.replicate]
+        handles = [part.handle for part in parts] + [self.checkpoint]
+        return {
+            handle.group_desc: dist.get_process_group_ranks(handle)
+            for handle in handles
+            if handle is not None
+        }
+
     @property
     def readers(self) -> int:
         """How many groups of ranks read different sequences."""
@@ -91,17 +105,17 @@ def make_groups(config: ParallelConfig) -> Groups:
     if config.tensor > 1:  # else attention is summed with everything else
         same_heads = [list(range(t, ranks, config.tensor)) for t in range(config.tensor)]
         heads_shard = max(1, config.shard // config.tensor)
-        tensor_data = _reduce_groups(same_heads, heads_shard, timeout)
+        tensor_data = _reduce_groups(same_heads, heads_shard, timeout, "attention")
     return Groups(
-        control=_group(everyone, timeout),
+        control=_group(everyone, timeout, "control"),
         experts=_expert_groups(config, timeout),
-        dense=_reduce_groups(everyone, config.shard, timeout),
+        dense=_reduce_groups(everyone, config.shard, timeout, "dense"),
         expert_data=_reduce_groups(
-            same_experts, max(1, config.shard // config.expert_ranks), timeout
+            same_experts, max(1, config.shard // config.expert_ranks), timeout, "expert"
         ),
-        checkpoint=dist.new_group(backend="gloo", timeout=timeout),
+        checkpoint=dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint"),
         ranks=ranks,
-        tensor=_group(_runs(everyone[0], config.tensor), timeout),
+        tensor=_group(_runs(everyone[0], config.tensor), timeout, "attention heads"),
         tensor_data=tensor_data,
     )
 
@@ -114,32 +128,40 @@ def _expert_groups(config: ParallelConfig, timeout: timedelta) -> ExpertGroups:
         for start in starts
         for place in range(shard)
     ]
-    rows = _group(row_ranks, timeout)
-    shards = _group(_runs(list(range(config.ranks)), shard), timeout)
+    rows = _group(row_ranks, timeout, "expert rows")
+    shards = _group(_runs(list(range(config.ranks)), shard), timeout, "expert shards")
     local = across = NO_GROUP
     if config.dispatch != "direct":
         near = max(1, min(config.expert, config.ranks_per_node // shard))  # members on a node
-        local = _group([part for ranks in row_ranks for part in _runs(ranks, near)], timeout)
+        local = _group(
+            [part for ranks in row_ranks for part in _runs(ranks, near)], timeout, "near"
+        )
         across = _group(
-            [ranks[place::near] for ranks in row_ranks for place in range(near)], timeout
+            [ranks[place::near] for ranks in row_ranks for place in range(near)], timeout, "far"
         )
     return ExpertGroups(
         rows=rows,
         shard=shards,
         everyone=rows
         if shard == 1
-        else _group([list(range(start, start + together)) for start in starts], timeout),
+        else _group(
+            [list(range(start, start + together)) for start in starts], timeout, "expert counts"
+        ),
         local=local,
         across=across,
         dispatch=config.dispatch,
     )
 
 
-def _reduce_groups(members: list[list[int]], shard: int, timeout: timedelta) -> ReduceGroups:
+def _reduce_groups(
+    members: list[list[int]], shard: int, timeout: timedelta, name: str
+) -> ReduceGroups:
     """Split each list of ranks into consecutive shards, and into replicas of each shard."""
     shards = [part for ranks in members for part in _runs(ranks, shard)]
     replicas = [ranks[i::shard] for ranks in members for i in range(shard)]
-    return ReduceGroups(_group(shards, timeout), _group(replicas, timeout))
+    return ReduceGroups(
+        _group(shards, timeout, f"{name} shards"), _group(replicas, timeout, f"{name} gradients")
+    )
 
 
 def _runs(ranks: list[int], length: int) -> list[list[int]]:
@@ -147,14 +169,14 @@ def _runs(ranks: list[int], length: int) -> list[list[int]]:
     return [ranks[start : start + length] for start in range(0, len(ranks), length)]
 
 
-def _group(partition: list[list[int]], timeout: timedelta) -> Group:
-    """Create the groups of a partition of all ranks, and return ours."""
+def _group(partition: list[list[int]], timeout: timedelta, name: str) -> Group:
+    """Create the groups of a partition of all ranks, and return ours; `name` is for reports."""
     if len(partition[0]) == 1:
         return NO_GROUP
     # Every rank creates every group, in the same order, as torch requires.
     mine = None
     for ranks in partition:
-        handle = dist.new_group(ranks, timeout=timeout)
+        handle = dist.new_group(ranks, timeout=timeout, group_desc=name)
         if dist.get_rank() in ranks:
             mine = handle
     return Group.of(mine)

@@ -26,6 +26,8 @@ __all__ = [
     "start_runtime",
 ]
 
+_RECORDED = "2000"  # collectives that torch's flight recorder keeps, for `stuck.py`
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -71,6 +73,7 @@ def start_runtime(
         device, backend = torch.device("cuda", local % torch.cuda.device_count()), "nccl"
         torch.cuda.set_device(device)
     if world > 1:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _RECORDED)
         dist.init_process_group(
             backend,
             init_method=init_method,

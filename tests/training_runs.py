@@ -116,7 +116,8 @@ class Records:
         self.all: list[dict[str, Any]] = []
 
     def resume(self, step: int) -> None:
-        """Nothing is kept from before."""
+        """Forget what was recorded after `step`."""
+        self.all = [record for record in self.all if record["step"] <= step]
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Keep a record."""
@@ -144,6 +145,9 @@ class Run:
             "train/tokens_per_second",
             "train/memory_mb",
             "schedule/exposed_communication_ms",
+            "ranks/own_ms_median",
+            "ranks/own_ms_max",
+            "ranks/slowest",
         }
         return [
             {name: value for name, value in record.items() if name not in machine}

@@ -31,6 +31,7 @@ from gatewise.training.checkpoint_peers import Peers, explain
 __all__ = [
     "DurableFile",
     "FileRecord",
+    "check_files",
     "commit",
     "find_latest",
     "find_latest_together",
@@ -163,7 +164,20 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: naming the folder and the first thing that is missing or differs.
     """
-    files = _read_manifest(path)
+    check_files(path, _read_manifest(path), hashes=True)
+
+
+def check_files(path: Path, files: Mapping[str, FileRecord], *, hashes: bool) -> None:
+    """Compare the files of a folder with what is known of them.
+
+    Args:
+        path: of the folder.
+        files: name to record.
+        hashes: also read them and compare their checksums; else their sizes only.
+
+    Raises:
+        CheckpointError: naming the folder and the first file that is missing or differs.
+    """
     for name, record in files.items():
         size = _size(path / name)
         if size != record.size:
@@ -171,6 +185,8 @@ def verify(path: Path) -> None:
             raise CheckpointError(
                 f"checkpoint {path} is damaged: {name} is {found}, not {record.size} bytes"
             )
+    if not hashes:
+        return
     with ThreadPoolExecutor(min(_HASH_THREADS, len(files) or 1)) as pool:
         digests = list(pool.map(_hash_file, [path / name for name in files]))
     for (name, record), digest in zip(files.items(), digests, strict=True):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from gatewise.parallel.errors import CheckpointError
 
-__all__ = ["Peers", "explain", "failure", "lost_peer"]
+__all__ = ["AgreedError", "Peers", "explain", "failure", "lost_peer"]
 
 T = TypeVar("T")
 
@@ -23,6 +23,10 @@ _REMEDIES = {
     errno.EPERM: "allow writing there or choose another run.dir",
     errno.EROFS: "mount it writable or choose another run.dir",
 }
+
+
+class AgreedError(CheckpointError):
+    """A failure that every rank has learnt of: all are alive and may go on together."""
 
 
 class Peers:
@@ -62,7 +66,7 @@ class Peers:
             error: what went wrong on this rank, or None.
 
         Raises:
-            CheckpointError: naming the first rank that failed, if any did.
+            AgreedError: naming the first rank that failed, if any did.
         """
         reasons = self.gather(None if error is None else explain(error))
         failed = {rank: text for rank, text in enumerate(reasons) if text is not None}
@@ -70,11 +74,11 @@ class Peers:
             raise failure(task, failed) from error
 
 
-def failure(task: str, reasons: Mapping[int, str]) -> CheckpointError:
+def failure(task: str, reasons: Mapping[int, str]) -> AgreedError:
     """Return the error of a task that failed for `reasons`, by rank; there is at least one."""
     first, *others = sorted(reasons)
     more = f" (and {len(others)} more)" if others else ""
-    return CheckpointError(f"{task} failed on rank {first}{more}: {reasons[first]}")
+    return AgreedError(f"{task} failed on rank {first}{more}: {reasons[first]}")
 
 
 def lost_peer(error: BaseException) -> CheckpointError:

@@ -17,7 +17,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,6 +32,7 @@ from gatewise.training.checkpoint_folder import (
     FORMAT,
     META,
     FileRecord,
+    check_files,
     commit,
     find_latest,
     find_latest_together,
@@ -89,6 +90,9 @@ class Checkpointer:
         group: gloo group that nothing else uses while a save is under way; None makes one (a
             collective over the default group), or stays alone where no process group was started.
         timeout_seconds: of that group; after it, a rank that does not answer is an error.
+        verify_saves: read what was written back before older checkpoints are deleted.
+        disturb: called with the step and this rank's files before the ranks agree that all went
+            well; a drill lets them be damaged.
 
     Raises:
         CheckpointError: on all ranks, if a rank cannot write to the folder or does not see it.
@@ -102,11 +106,15 @@ class Checkpointer:
         asynchronous: bool,
         group: dist.ProcessGroup | None = None,
         timeout_seconds: float = 300.0,
+        verify_saves: bool = False,
+        disturb: Callable[[int, Iterable[Path]], None] | None = None,
     ) -> None:
         from gatewise.training.checkpoint_plan import RangeSavePlanner
 
         self._folder = folder
         self._keep_last = keep_last
+        self._verify_saves = verify_saves
+        self._disturb = disturb
         self._own_group: dist.ProcessGroup | None = None
         if group is None and dist.is_available() and dist.is_initialized():
             group = self._own_group = dist.new_group(
@@ -291,6 +299,8 @@ class Checkpointer:
             name = rank_state_name(rank)
             writer.files[name] = write_durable(job.partial / name, job.rank_state)
             sync_folder(job.partial)
+            if self._disturb is not None:
+                self._disturb(job.step, [job.partial / name for name in writer.files])
         except Exception as problem:  # told to all ranks, which would wait for this one
             error = problem
         self._peers.agree(job.task, error)
@@ -304,6 +314,7 @@ class Checkpointer:
             try:
                 everything = {n: record for part in gathered for n, record in part.items()}
                 everything[META] = write_durable(job.partial / META, self._describe(job))
+                check_files(job.partial, everything, hashes=self._verify_saves)
                 commit(job.partial, job.step, everything, job.token)
             except Exception as problem:  # told to all ranks, which would wait for this one
                 error = problem

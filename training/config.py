@@ -13,6 +13,14 @@ from gatewise.parallel.errors import ConfigError
 from gatewise.routers.ahead.config import Exchange
 from gatewise.routers.config import RouterConfig, Selector
 from gatewise.training.deepspeed_config import DeepSpeedConfig, EngineKind, check_deepspeed
+from gatewise.training.guard_config import (
+    FaultConfig,
+    NonfiniteConfig,
+    ReplicasConfig,
+    SpikesConfig,
+    StragglersConfig,
+    check_faults,
+)
 from gatewise.training.schedule_config import ScheduleConfig
 
 __all__ = [
@@ -23,7 +31,6 @@ __all__ = [
     "DeepSpeedConfig",
     "EngineKind",
     "EvaluationConfig",
-    "NonfiniteConfig",
     "OptimConfig",
     "Precision",
     "RunConfig",
@@ -165,19 +172,6 @@ class OptimConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class NonfiniteConfig:
-    """What happens on a NaN or infinity in the loss or the gradients."""
-
-    max_consecutive: int = 5  # skipped steps in a row after which the run stops
-
-    def __post_init__(self) -> None:
-        if self.max_consecutive < 1:
-            raise ConfigError(
-                f"nonfinite.max_consecutive is {self.max_consecutive}; it must be at least 1"
-            )
-
-
-@dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     """When state is saved and how much of it is kept."""
 
@@ -186,12 +180,19 @@ class CheckpointConfig:
     asynchronous: bool = True
     resume: bool = True  # go on from the newest complete checkpoint of run.dir
     load: str | None = None  # start from this checkpoint of another run
+    verify: bool = False  # read every save back before older checkpoints are deleted
+    max_failures: int = 0  # saves in a row that may fail before the run stops
+    max_rollbacks: int = 3  # times that the run may go back to a checkpoint by itself
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
             raise ConfigError(f"checkpoint.every is {self.every}; it must be at least 1 or null")
         if self.keep_last < 1:
             raise ConfigError(f"checkpoint.keep_last is {self.keep_last}; it must be at least 1")
+        for name in ("max_failures", "max_rollbacks"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ConfigError(f"checkpoint.{name} is {value}; it must be at least 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -255,9 +256,13 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     nonfinite: NonfiniteConfig = field(default_factory=NonfiniteConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    stragglers: StragglersConfig = field(default_factory=StragglersConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    faults: list[FaultConfig] = field(default_factory=list)  # [{step: 7, rank: 2, kind: kill}]
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -273,6 +278,7 @@ class TrainConfig:
         self._check_schedule()
         if self.engine is EngineKind.deepspeed:
             check_deepspeed(self.parallel, plans_slices=self.schedule.profile is not None)
+        check_faults(self.faults, ranks=self.parallel.ranks, steps=self.steps)
         stride = self.evaluation.stride
         if stride is not None and stride > self.data.sequence_length:
             raise ConfigError(

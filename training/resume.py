@@ -6,7 +6,7 @@ Read first: `checkpointer.py` (files), `state.py` (tensors).
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from gatewise.moe.model import Decoder
 from gatewise.parallel.errors import CheckpointError
 from gatewise.parallel.runtime import Runtime
+from gatewise.training.checkpoint_peers import AgreedError
 from gatewise.training.checkpointer import (
     Checkpointer,
     find_latest_together,
@@ -46,6 +47,9 @@ class Progress:
     tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    spikes: int = 0
+    spikes_in_a_row: int = 0
+    rollbacks: int = 0
 
 
 class RunCheckpoints:
@@ -56,10 +60,16 @@ class RunCheckpoints:
         runtime: this rank.
         data: its tokenizer must be the checkpoint's.
         folder: of the run.
+        disturb: as `Checkpointer` takes it.
     """
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, data: PreparedData, folder: Path
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        data: PreparedData,
+        folder: Path,
+        disturb: Callable[[int, Iterable[Path]], None] | None = None,
     ) -> None:
         self._config, self._runtime, self._data = config, runtime, data
         self._folder = folder / "checkpoints"
@@ -72,7 +82,11 @@ class RunCheckpoints:
             asynchronous=config.checkpoint.asynchronous,
             group=runtime.groups.checkpoint,
             timeout_seconds=config.parallel.timeout,
+            verify_saves=config.checkpoint.verify,
+            disturb=disturb,
         )
+        self.failed = 0  # saves of this start
+        self._failed_in_a_row = 0
 
     def resume(self, model: Decoder, updater: Updater) -> Progress:
         """Fill model and updater from the run's newest good checkpoint, if it has one.
@@ -88,8 +102,17 @@ class RunCheckpoints:
             path = find_latest_together(self._folder, group=self._runtime.groups.checkpoint)
         if path is None and config.load is not None:
             path = Path(config.load)
-        if path is None:
-            return Progress()
+        return Progress() if path is None else self._load(path, model, updater)
+
+    def roll_back(self, model: Decoder, updater: Updater) -> Progress | None:
+        """Fill model and updater from the run's newest good checkpoint; None if there is none."""
+        self._settle()
+        path = self._saver.newest
+        if self._config.checkpoint.resume:  # else the folder may hold another run's
+            path = find_latest_together(self._folder, group=self._runtime.groups.checkpoint)
+        return None if path is None else self._load(path, model, updater)
+
+    def _load(self, path: Path, model: Decoder, updater: Updater) -> Progress:
         meta = read_meta(path)["meta"]
         check_tokenizer(path, meta, self._data)
         check_model(path, meta, self._config)
@@ -102,7 +125,7 @@ class RunCheckpoints:
         if own:
             self.window = restore_rank_state(own)
         self.resumed_from = str(path)
-        return Progress(**{field.name: int(meta[field.name]) for field in fields(Progress)})
+        return Progress(**{field.name: int(meta.get(field.name, 0)) for field in fields(Progress)})
 
     def save(
         self,
@@ -113,12 +136,19 @@ class RunCheckpoints:
     ) -> None:
         """Save; with `checkpoint.asynchronous` this blocks for one copy of the state only.
 
+        A save that failed on a rank is tried again at the next one, up to
+        `checkpoint.max_failures` times in a row.
+
         Args:
             model: on all ranks together.
             updater: of the same.
             progress: equal on all ranks.
             window: this rank's sums of the logging window that is not written yet.
+
+        Raises:
+            CheckpointError: if more saves failed than may, or a rank is gone.
         """
+        self._settle()
         meta = {
             **dataclasses.asdict(progress),
             "updates": updater.updates,
@@ -129,12 +159,40 @@ class RunCheckpoints:
             "torch": torch.__version__,
             "time": time.time(),
         }
-        self._saver.save(
-            progress.step,
-            training_ranges(model, updater),
-            meta=meta,
-            rank_state=rank_state(window),
-        )
+        ranges = training_ranges(model, updater)
+        try:
+            self._saver.save(progress.step, ranges, meta=meta, rank_state=rank_state(window))
+        except AgreedError as error:
+            self._count_failure(error)
+        else:
+            if not self._config.checkpoint.asynchronous:
+                self._failed_in_a_row = 0
+
+    def _settle(self) -> None:
+        """Wait for the last save, and go on where it failed and may."""
+        before = self._saver.newest
+        try:
+            self._saver.wait()
+        except AgreedError as error:
+            self._count_failure(error)
+        else:
+            if self._saver.newest != before:
+                self._failed_in_a_row = 0
+
+    def _count_failure(self, error: AgreedError) -> None:
+        self.failed += 1
+        self._failed_in_a_row += 1
+        allowed = self._config.checkpoint.max_failures
+        if self._failed_in_a_row > allowed:
+            raise error
+        if self._runtime.rank == 0:
+            _log.warning(
+                "%s. Training goes on (failure %d of %d in a row); newest checkpoint: %s",
+                error,
+                self._failed_in_a_row,
+                allowed,
+                self.newest() or "none",
+            )
 
     def wait(self) -> None:
         """Return when the last save is durable; raise what it raised."""
@@ -189,4 +247,4 @@ def to_plain(value: Any) -> Any:  # Any: a tree of dataclasses to a tree that JS
         return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Enum):
         return value.name
-    return value
+    return [to_plain(item) for item in value] if isinstance(value, list) else value

@@ -78,11 +78,16 @@ class ScheduledLayers:
         """Get ready for a step."""
         self._meter.begin(step)
 
-    def end(self, step: int) -> None:
-        """Read what the step did, once the host has waited for it."""
+    def end(self, step: int) -> float:
+        """Read what the step did, once the host has waited for it.
+
+        Returns:
+            Milliseconds in which this rank only communicated or waited for others.
+        """
         line = self._meter.end(step, self.plan.predicted)
         if self._watch is not None:
             self._is_off = self._watch.add(line)
+        return line.exposed_ms()
 
     def adapt(self, step: int) -> None:
         """Measure and plan again if the prediction was off for long; all ranks do so together."""

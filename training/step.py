@@ -26,6 +26,7 @@ from gatewise.routers.balance import global_balance_loss
 from gatewise.routers.router import ComposedRouter
 from gatewise.training.engine import Engine
 from gatewise.training.health import HealthMeter
+from gatewise.training.spikes import SpikeGuard
 
 __all__ = ["LABELS", "StepResult", "language_loss", "train_step"]
 
@@ -39,8 +40,10 @@ class StepResult:
     loss: Tensor  # language-model loss, nats per token, over the whole batch
     extra: dict[str, Tensor]  # router losses by name, weighted, summed over layers
     norms: dict[str, Tensor]  # gradient norms before clipping: total and per label
-    skipped: Tensor  # 1 where loss or gradients were not finite and nothing was updated
+    skipped: Tensor  # 1 where nothing was updated: not finite, or a spike that is held back
     stop: Tensor  # above 0 where some rank was asked to stop
+    spiked: Tensor  # 1 where loss or gradient norm stood out
+    own_loss: Tensor  # of this rank's share of the batch
 
 
 def language_loss(model: Decoder, output: DecoderOutput, target_BS: Tensor) -> Tensor:
@@ -67,6 +70,7 @@ def train_step(
     stop: bool = False,
     measure: bool = False,
     recorder: Recorder | None = None,
+    spikes: SpikeGuard | None = None,
 ) -> StepResult:
     """Update the model on one global batch.
 
@@ -83,10 +87,11 @@ def train_step(
         measure: whether the meter shall look at the gradients; equal on all ranks.
         recorder: gets when this rank communicated; the layers' passes have it from their
             `execution`.
+        spikes: judges the step; None lets every finite one pass.
     """
     share = 1.0 / len(micro_batches)
     routers = model.routers()
-    balance = _GlobalBalance(routers, groups)
+    balance = _GlobalBalance(routers, groups, recorder)
     loss = torch.zeros((), device=micro_batches[0].device)
     extra: dict[str, Tensor] = {}
     plans: Sequence[BatchPlan | None] = [None] * len(micro_batches)
@@ -112,8 +117,16 @@ def train_step(
         squares_LE = engine.expert_squares(model.config.num_experts)
         meter.measure_gradients(squares_LE, engine.divisor)
     asked = loss.new_tensor(float(stop))
-    loss, asked, extra, norms = _reduce_scalars(engine, loss, asked, extra, groups)
+    own_loss = loss
+    watch = recorder.communication("scalars") if recorder else nullcontext()
+    with watch:
+        loss, asked, extra, norms = _reduce_scalars(engine, loss, asked, extra, groups)
     finite = torch.isfinite(norms["total"]) & torch.isfinite(loss)
+    spiked = torch.zeros_like(finite)
+    if spikes is not None:
+        spiked = spikes.judge(loss, norms["total"], finite)
+        if spikes.holds_back:
+            finite = finite & ~spiked
     skipped = (~finite).float()
     # one scale divides by what the sums of gradients are too large by, and clips
     factor = (norms["total"] / clip).clamp(min=1.0) if clip else torch.ones_like(loss)
@@ -125,13 +138,16 @@ def train_step(
     demand = balance.demand()
     if demand is not None:
         _after_step(routers, demand, finite)
-    return StepResult(loss, extra, norms, skipped, asked)
+    return StepResult(loss, extra, norms, skipped, asked, spiked.float(), own_loss)
 
 
 class _GlobalBalance:
     """Counts over ranks and micro-batches of one optimizer step, one collective a micro-batch."""
 
-    def __init__(self, routers: Sequence[ComposedRouter], groups: Groups) -> None:
+    def __init__(
+        self, routers: Sequence[ComposedRouter], groups: Groups, recorder: Recorder | None
+    ) -> None:
+        self._recorder = recorder
         # routers of one model have the same settings, and a steered weight the same value
         self._weight = routers[0].global_loss_weight if routers else 0.0
         self._has_loss = isinstance(self._weight, Tensor) or self._weight > 0
@@ -155,7 +171,9 @@ class _GlobalBalance:
             self._margin_LEM = margin_LEM if before is None else before + margin_LEM
         packed = torch.cat((count_LE.flatten(), first.tokens.view(1)))
         if self._groups.control.handle is not None:
-            dist.all_reduce(packed, group=self._groups.control.handle)
+            watch = self._recorder.communication("balance") if self._recorder else nullcontext()
+            with watch:
+                dist.all_reduce(packed, group=self._groups.control.handle)
         batch_tokens = packed[-1]
         if self._count_LE is None:
             self._count_LE = torch.zeros_like(count_LE)

@@ -20,29 +20,31 @@ from torch import Tensor
 from gatewise.moe.config import count_parameters
 from gatewise.moe.model import Decoder
 from gatewise.moe.parallelize import build_model
+from gatewise.parallel.beat import Beat
+from gatewise.parallel.errors import CheckpointError, RankError, is_lost_peer
 from gatewise.parallel.runtime import Runtime, memory_mb, multiplies_bf16
+from gatewise.parallel.stuck import Watch, report_stuck
 from gatewise.routers.api import NoiseKey
 from gatewise.training.config import Precision, TrainConfig
 from gatewise.training.data import PreparedData
 from gatewise.training.engine import Engine, build_engine
 from gatewise.training.evaluate import Evaluation, EvaluationStopped, evaluate
+from gatewise.training.faults import FaultInjector
+from gatewise.training.guard import Guard, Trouble
 from gatewise.training.hash_table import balance_hash_table
 from gatewise.training.health import HealthMeter
 from gatewise.training.measures.churn import RouteProbe
 from gatewise.training.optim import learning_rate
+from gatewise.training.pace import PaceMeter
 from gatewise.training.resume import Progress, RunCheckpoints
 from gatewise.training.scheduled_layers import ScheduledLayers
 from gatewise.training.sequences import SequenceOrder, read_batch
 from gatewise.training.sinks import MetricSink
 from gatewise.training.step import StepResult, train_step
 
-__all__ = ["NonfiniteError", "Trainer", "resolve_dtype", "train"]
+__all__ = ["Trainer", "resolve_dtype", "train"]
 
 _log = logging.getLogger(__name__)
-
-
-class NonfiniteError(RuntimeError):
-    """Loss or gradients stayed NaN or infinite for too many steps."""
 
 
 def train(
@@ -62,16 +64,33 @@ def train(
         sinks: get one record per logged step and evaluation; empty on ranks other than 0.
 
     Raises:
-        NonfiniteError: after `nonfinite.max_consecutive` skipped steps in a row; the last
-            checkpoint is intact.
+        RankError: where a rank is lost, its weights differ from its replicas', or steps stay not
+            finite (`guard.py`); the message names rank, step and cause, and the last checkpoint
+            is intact.
         CheckpointError: if a checkpoint cannot be read or written.
     """
     trainer = Trainer(config, runtime, data, folder, sinks)
+    watch = Watch(
+        folder / "logs",
+        runtime.rank,
+        runtime.world,
+        groups=runtime.groups.members() if runtime.world > 1 else {},
+        beat=trainer.beat,
+        timeout=config.parallel.timeout,
+    )
     try:
         with _stop_signals(trainer):
-            return trainer.fit()
-    finally:
+            result = trainer.fit()
         trainer.close()
+        return result
+    except (RuntimeError, CheckpointError) as error:
+        if runtime.world == 1 or not is_lost_peer(str(error)):
+            trainer.close()
+            raise
+        # nothing is waited for: whoever is gone would be missed again
+        raise RankError(report_stuck(watch, error)) from error
+    finally:
+        watch.close()
 
 
 def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -105,6 +124,10 @@ class Trainer:
     ) -> None:
         self.config, self.runtime, self.data, self.sinks = config, runtime, data, sinks
         self.stop_requested = False
+        self.beat = Beat(folder / "logs", runtime.rank)
+        self.faults = FaultInjector(config.faults, runtime.rank, folder)
+        self.guard = Guard(config, runtime)
+        self.pace = PaceMeter(config.stragglers, runtime.groups.control, runtime.device)
         torch.manual_seed(config.seed + runtime.rank)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -139,22 +162,16 @@ class Trainer:
             runtime.device,
             ahead=config.router.ahead.learns and not config.router.ahead.weighs,
         )
-        self.checkpoints = RunCheckpoints(config, runtime, data, folder)
+        self.checkpoints = RunCheckpoints(config, runtime, data, folder, self.faults.save)
         self.probe = RouteProbe()
         self.progress = Progress()
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save; return the run's results."""
         config = self.config
-        self.progress = self.checkpoints.resume(self.model, self.engine)
         clock, window = _Clock(), _Clock()
         losses = _Window(self.runtime.device)
-        sums = self._window_sums(losses)
-        for name, tensor in self.checkpoints.window.items():
-            if name in sums and sums[name].shape == tensor.shape:  # else of other metrics than ours
-                sums[name].copy_(tensor)
-        for sink in self.sinks:
-            sink.resume(self.progress.step)
+        self._go_on(self.checkpoints.resume(self.model, self.engine), losses)
         self.model.train()
         result: StepResult | None = None
         evaluation: Evaluation | None = None
@@ -163,15 +180,27 @@ class Trainer:
             began = time.perf_counter()
             step = self.progress.step + 1
             logged = step % config.log_every == 0 or step == config.steps
+            self._begin(step)
             result = self.run_step(measure=logged)
+            self.faults.end()
             losses.add(result)
             tokens = config.batch.sequences * config.data.sequence_length
             # reading scalars makes the host wait; in between, one step may be under way
-            stopped = self._inspect(losses)
-            self.lanes.end(step)
+            stopped, trouble = self._inspect(result, losses)
+            exposed_ms = self.lanes.end(step)
+            seconds = time.perf_counter() - began
+            self.pace.add(seconds * 1e3, exposed_ms)
             for timer in (clock, window):
-                timer.seconds += time.perf_counter() - began
+                timer.seconds += seconds
                 timer.tokens += tokens
+            due = config.checkpoint.every and step % config.checkpoint.every == 0
+            saves = bool(due or stopped or step == config.steps)
+            if trouble is None and self.guard.due(step, saves=saves):
+                trouble = self.guard.compare(self.model, self.engine, step)
+            if trouble is not None:
+                self._roll_back(trouble, losses)
+                window = _Clock()
+                continue
             if logged:
                 self._write(self._training_record(result, losses, window))
                 window, losses.mean = _Clock(), losses.mean.zero_()
@@ -179,17 +208,68 @@ class Trainer:
             if config.evaluation.every and step % config.evaluation.every == 0 and not stopped:
                 evaluation = self._evaluate_unless_stopped()
                 stopped = evaluation is None
-            due = config.checkpoint.every and step % config.checkpoint.every == 0
-            if due or stopped or step == config.steps:
-                self.checkpoints.save(
-                    self.model, self.engine, self.progress, self._window_sums(losses)
-                )
+            if saves or stopped:
+                self._save(losses)
         self.checkpoints.wait()
         step_evaluated = config.evaluation.every and self.progress.step % config.evaluation.every
         if not stopped and (evaluation is None or step_evaluated != 0):
             evaluation = self._evaluate_unless_stopped()
             stopped = evaluation is None
+        self.beat.tell(self.progress.step, "end")
         return self._results(result, evaluation, clock, stopped=stopped)
+
+    def _begin(self, step: int) -> None:
+        """Say that a step begins, and let the faults planted for it happen."""
+        self.beat.tell(step, "train")
+        self.faults.begin(step, poisoned=self.model.norm_final, weights=self._shared_weights)
+
+    def _shared_weights(self) -> Tensor:
+        """Return weights that as many ranks as possible hold alike."""
+        held = self.engine.held()
+        shared = [part for part in held if part.parts[0].spec.owner == "all"]
+        return (shared or held)[0].master
+
+    def _save(self, losses: "_Window") -> None:
+        self.beat.tell(self.progress.step, "save")
+        sums = self._window_sums(losses)
+        self.checkpoints.save(self.model, self.engine, self.progress, sums)
+
+    def _go_on(self, progress: Progress, losses: "_Window") -> None:
+        """Take the place of a checkpoint, its unfinished window included."""
+        self.progress = progress
+        for name, tensor in self._window_sums(losses).items():
+            saved = self.checkpoints.window.get(name)
+            if saved is not None and saved.shape == tensor.shape:  # else of other metrics than ours
+                tensor.copy_(saved)
+        for sink in self.sinks:
+            sink.resume(progress.step)
+
+    def _roll_back(self, trouble: Trouble, losses: "_Window") -> None:
+        """Go back to the newest checkpoint.
+
+        Raises:
+            RankError: where there is none, or the run went back too often.
+        """
+        before = self.progress
+        allowed = self.config.checkpoint.max_rollbacks
+        if before.rollbacks >= allowed:
+            raise type(trouble.error)(
+                f"{trouble.error} (went back {before.rollbacks} times; checkpoint.max_rollbacks "
+                f"is {allowed})"
+            )
+        progress = self.checkpoints.roll_back(self.model, self.engine)
+        if progress is None:
+            raise type(trouble.error)(
+                f"{trouble.error} (there is no checkpoint to go back to; set checkpoint.every)"
+            )
+        progress.rollbacks = before.rollbacks + 1
+        if trouble.skips_data:
+            progress.sample = before.sample
+        if self.runtime.rank == 0:
+            passed = " and passing over the samples since" if trouble.skips_data else ""
+            _log.warning("going back to step %d%s: %s", progress.step, passed, trouble.error)
+        self.pace.clear()
+        self._go_on(progress, losses)
 
     def evaluate(self) -> Evaluation:
         """Score the validation split."""
@@ -206,6 +286,7 @@ class Trainer:
 
     def _evaluate_unless_stopped(self) -> Evaluation | None:
         """Evaluate and write the record; return None where a rank was asked to stop."""
+        self.beat.tell(self.progress.step, "evaluate")
         try:
             evaluation = self.evaluate()
         except EvaluationStopped:
@@ -238,6 +319,7 @@ class Trainer:
             stop=self.stop_requested,
             measure=measure,
             recorder=self.lanes.recorder,
+            spikes=self.guard.spikes,
         )
         progress.step += 1
         progress.sample += config.batch.sequences
@@ -259,29 +341,18 @@ class Trainer:
             keys.append(NoiseKey(config.seed, self.progress.step, tuple(indices)))
         return batches, keys
 
-    def _inspect(self, losses: "_Window") -> bool:
-        """Look at the last step's flags: raise if it is one skip too many, tell whether to stop."""
-        skipped, stop = losses.flags()
-        progress = self.progress
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
-        progress.skipped += int(skipped)
-        limit = self.config.nonfinite.max_consecutive
-        if progress.skipped_in_a_row >= limit:
+    def _inspect(self, result: StepResult, losses: "_Window") -> tuple[bool, Trouble | None]:
+        """Read the last step's flags: whether to stop, and why to go back."""
+        skipped, stop, spiked = losses.flags()
+        try:
+            trouble = self.guard.inspect(
+                result, skipped=skipped, spiked=spiked, progress=self.progress
+            )
+        except RankError as error:
             self.checkpoints.wait()
             kept = self.checkpoints.newest()
-            raise NonfiniteError(
-                f"loss or gradients were not finite in {limit} steps in a row, up to step "
-                f"{progress.step}; these steps were skipped. "
-                f"Last good checkpoint: {kept or 'none'}. Lower optim.lr or optim.clip, use "
-                "precision=fp32, or raise nonfinite.max_consecutive"
-            )
-        if skipped:
-            _log.warning(
-                "step %d skipped: loss or gradients not finite (%d in a row)",
-                progress.step,
-                progress.skipped_in_a_row,
-            )
-        return stop
+            raise type(error)(f"{error}. Last good checkpoint: {kept or 'none'}") from None
+        return stop, trouble
 
     def _training_record(
         self, result: StepResult, losses: "_Window", window: _Clock
@@ -298,6 +369,9 @@ class Trainer:
             "train/tokens": self.progress.tokens,
             "train/epoch": self.progress.sample / self.order.sequences_per_epoch,
             "train/skipped_steps": self.progress.skipped,
+            "train/spikes": self.progress.spikes,
+            "train/rollbacks": self.progress.rollbacks,
+            "checkpoint/failed_saves": self.checkpoints.failed,
             "train/tokens_per_second": window.rate(),
             "train/memory_mb": memory_mb(self.runtime.device),
         }
@@ -307,11 +381,12 @@ class Trainer:
             for label, norm in result.norms.items()
             if label != "total"
         }
-        return record | health | self.lanes.drain()
+        return record | health | self.lanes.drain() | self.pace.drain(step)
 
     def _window_sums(self, losses: "_Window") -> dict[str, Tensor]:
         """Name the sums of the logging window, so that a resumed run goes on with them."""
-        return {"losses": losses.mean, **self.meter.sums()}
+        spikes = self.guard.spikes.state() if self.guard.spikes else {}
+        return {"losses": losses.mean, **self.meter.sums(), **spikes}
 
     def _write(self, record: Mapping[str, Any]) -> None:
         for sink in self.sinks:
@@ -335,6 +410,8 @@ class Trainer:
             "tokens_per_second": clock.rate(),
             "train_seconds": clock.seconds,
             "skipped_steps": self.progress.skipped,
+            "rollbacks": self.progress.rollbacks,
+            "failed_saves": self.checkpoints.failed,
             "resumed_from": self.checkpoints.resumed_from,
             "checkpoint": str(newest) if newest else None,
             "parameters": self.counts.total,
@@ -349,18 +426,18 @@ class _Window:
 
     def __init__(self, device: torch.device) -> None:
         self.mean = torch.zeros(2, device=device)  # sum of finite losses, and their number
-        self._flags = torch.zeros(2, device=device)
+        self._flags = torch.zeros(3, device=device)
 
     def add(self, result: StepResult) -> None:
         """Take one step."""
         kept = 1 - result.skipped
         self.mean += torch.stack((torch.where(kept > 0, result.loss, 0.0), kept))
-        self._flags = torch.stack((result.skipped, result.stop))
+        self._flags = torch.stack((result.skipped, result.stop, result.spiked))
 
-    def flags(self) -> tuple[bool, bool]:
-        """Return (skipped, stop) of the last step; the host waits for that step."""
-        skipped, stop = self._flags.tolist()
-        return bool(skipped), bool(stop)
+    def flags(self) -> tuple[bool, bool, bool]:
+        """Return (skipped, stop, spiked) of the last step; the host waits for that step."""
+        skipped, stop, spiked = self._flags.tolist()
+        return bool(skipped), bool(stop), bool(spiked)
 
 
 @contextmanager

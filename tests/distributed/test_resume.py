@@ -18,6 +18,7 @@ from gatewise.training import trainer as trainer_module
 from gatewise.training.checkpointer import find_latest
 from gatewise.training.config import CheckpointConfig, EvaluationConfig, TrainConfig
 from gatewise.training.data import PreparedData
+from gatewise.training.guard import NonfiniteError
 from gatewise.training.step import StepResult
 from gatewise.training.trainer import Trainer
 
@@ -288,7 +289,7 @@ def test_a_run_stops_after_too_many_in_a_row_with_its_checkpoint_intact(
     config = saving(20, every=2)
     config.nonfinite.max_consecutive = 3
     _poison(monkeypatch, {1, *range(5, 99)})
-    with pytest.raises(trainer_module.NonfiniteError) as caught:
+    with pytest.raises(NonfiniteError) as caught:
         run(config, data, tmp_path)
     message = str(caught.value)
     assert "not finite in 3 steps in a row, up to step 8" in message
