@@ -5,6 +5,7 @@ cannot differ. Nothing here knows Hydra; `compose.py` puts the values together.
 """
 
 import difflib
+import functools
 import inspect
 import re
 import types
@@ -243,7 +244,8 @@ def _unquote(text: str) -> str:
     return text
 
 
-def _comments(owner: type) -> dict[str, str]:
+@functools.cache  # finding a class parses its file
+def _comments(owner: type) -> Mapping[str, str]:
     """Return the comment behind each field of a dataclass, base classes included."""
     found: dict[str, str] = {}
     for base in reversed(owner.__mro__):

@@ -20,6 +20,7 @@ __all__ = ["COMMANDS", "main"]
 # Name, module, and one line of help; only what works is listed.
 COMMANDS = {
     "train": ("gatewise.launch.train", "train a model, or go on with a run that was stopped"),
+    "submit": ("gatewise.launch.submit", "train through torchrun or Slurm, or sweep settings"),
     "evaluate": ("gatewise.launch.evaluate", "measure a checkpoint on validation text"),
     "analyze": ("gatewise.launch.analyze", "measure what a checkpoint's routers do"),
     "generate": ("gatewise.launch.generate", "continue a prompt with a checkpoint"),

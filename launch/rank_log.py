@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gatewise.launch.world import Place
 
-__all__ = ["configure_logging", "log_tail", "redirect", "start_line", "tell_user"]
+__all__ = ["configure_logging", "log_tail", "own_log", "redirect", "start_line", "tell_user"]
 
 _NEW_START = "=== start"
 
@@ -23,6 +23,37 @@ def redirect(log: Path, *, keep_stdout: bool) -> None:
         os.dup2(stream.fileno(), 2)
         if not keep_stdout:
             os.dup2(stream.fileno(), 1)
+
+
+@contextmanager
+def own_log(log: Path, *, keep_stdout: bool) -> Iterator[None]:
+    """Send what native code prints to a rank's log, and on ranks other than 0 everything.
+
+    For a process that a launcher started: at the end of the block its output is the launcher's
+    again, which is where the one line about a failure belongs.
+
+    Args:
+        log: the file; it is continued.
+        keep_stdout: leave standard output, and what Python prints on standard error, to the user.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = (os.dup(1), os.dup(2))
+    terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1)
+    redirect(log, keep_stdout=keep_stdout)
+    stderr = sys.stderr
+    if keep_stdout:
+        sys.stderr = terminal
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr = stderr
+        sys.stderr.flush()
+        terminal.close()
+        for target, copy in enumerate(before, start=1):
+            os.dup2(copy, target)
+            os.close(copy)
 
 
 def configure_logging(handlers: Sequence[logging.Handler], place: Place) -> None:

@@ -5,12 +5,14 @@ environment.json   versions, processor, memory, commit, command line
 metrics.jsonl      one record a line: the source of truth for every other view
 result.json        what came out; written in one piece, also after a failure
 checkpoints/       step_*/
-logs/              rank_<n>.log
+logs/              rank_<n>.log; under a launcher attempt_<k>/rank_<n>.log
 """
 
 import json
+import logging
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,11 @@ from gatewise.parallel.errors import ConfigError
 
 __all__ = ["RunFolder", "json_value", "writable"]
 
+_log = logging.getLogger(__name__)
+_PATIENCE_SECONDS = 60.0  # for the end of this job's own processes, which were killed before
+# Variables that name what a process belongs to, beside its machine and number.
+_JOBS = {"SLURM_JOB_ID": "Slurm job", "TORCHELASTIC_RUN_ID": "torchrun"}
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -31,19 +38,24 @@ class RunFolder:
 
     path: Path
     lock: IO[str] | None = None
+    attempt: int | None = None  # number of this start, where a launcher made the ranks
 
     @staticmethod
-    def choose(directory: str | None, name: str, *, root: Path = Path("runs")) -> "RunFolder":
+    def choose(
+        directory: str | None, name: str, *, root: Path = Path("runs"), is_launched: bool = False
+    ) -> "RunFolder":
         """Create the folder of a run, or take an existing one to go on in it.
 
         Args:
             directory: `run.dir`; None makes a new `root/name/<time>`.
             name: name of the run, used only without `directory`.
             root: folder of the runs whose place nobody chose.
+            is_launched: a launcher started the ranks; each start then has logs of its own.
 
         Raises:
             ConfigError: if nothing can be written there, or another process owns the folder.
         """
+        attempt: int | None = None
         path = Path(directory).expanduser() if directory is not None else None
         try:
             if path is None:
@@ -52,18 +64,21 @@ class RunFolder:
                 path.mkdir(parents=True, exist_ok=True)
             lock = _take_lock(path)
             (path / "logs").mkdir(exist_ok=True)
+            if is_launched:
+                attempt = _next_attempt(path / "logs")
         except OSError as error:
             field = "run.dir" if directory is not None else "name"
             raise ConfigError(
                 f"{field} leads to {path or root}, where nothing can be written "
                 f"({error.strerror or error}); choose another folder with run.dir=..."
             ) from error
-        return RunFolder(path.resolve(), lock)
+        return RunFolder(path.resolve(), lock, attempt)
 
     @property
     def logs(self) -> Path:
         """Folder of the ranks' logs."""
-        return self.path / "logs"
+        logs = self.path / "logs"
+        return logs if self.attempt is None else logs / f"attempt_{self.attempt}"
 
     @property
     def result(self) -> Path:
@@ -95,7 +110,8 @@ class RunFolder:
 
     def release(self) -> None:
         """Give the folder free for another run."""
-        if self.lock is not None:
+        if self.lock is not None and not self.lock.closed:
+            self.lock.truncate(0)  # where locks do not work, the text tells who did not get here
             self.lock.close()
 
 
@@ -140,30 +156,66 @@ def _make_unique(parent: Path) -> Path:
     raise FileExistsError(17, "too many runs in one second", str(parent))
 
 
+def _next_attempt(logs: Path) -> int:
+    """Make the folder of the next start's logs and return its number."""
+    number = len(list(logs.glob("attempt_*")))
+    while True:
+        try:
+            (logs / f"attempt_{number}").mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return number
+
+
 def _take_lock(path: Path) -> IO[str] | None:
-    """Hold the folder until this process ends, however it ends."""
+    """Hold the folder until this process ends, however it ends.
+
+    The system's lock goes with the process, so a killed run leaves none; the file's text is for
+    the message only. Processes of this same job that are just being ended are waited for.
+    """
     try:
         import fcntl
     except ImportError:  # not a POSIX system
         return None
     lock = open(path / ".lock", "a+")  # noqa: SIM115  # open as long as the run
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
-        lock.close()
-        raise ConfigError(
-            f"run.dir is {path}, which process {owner} is using; wait for it or choose another "
-            "folder"
-        ) from None
-    except OSError:  # a file system without locks
-        lock.close()
-        return None
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            if _job() and owner.endswith(_job()) and time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            lock.close()
+            raise ConfigError(
+                f"run.dir is {path}, which process {owner} is using; wait for it or choose "
+                "another folder"
+            ) from None
+        except OSError as error:  # a file system without locks
+            lock.seek(0)
+            owner = lock.read().strip()
+            if owner:
+                _log.warning(
+                    "%s cannot be locked (%s); make sure that process %s has ended",
+                    *(path, error.strerror or error, owner),
+                )
+        _write_owner(lock)
+        return lock
+
+
+def _write_owner(lock: IO[str]) -> None:
     lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
+    lock.write(f"{os.getpid()} on {platform.node()}{_job()}\n")
     lock.flush()
-    return lock
+
+
+def _job() -> str:
+    """Return what this process belongs to, as it ends the text of the lock."""
+    names = [f"{what} {os.environ[name]}" for name, what in _JOBS.items() if os.environ.get(name)]
+    return f" ({', '.join(names)})" if names else ""
 
 
 def _set_aside(file: Path) -> None:

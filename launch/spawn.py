@@ -81,10 +81,9 @@ def run_here(body: Body, place: Place, args: Sequence[Any], *, log: Path) -> Out
     Raises:
         RankFailure: if the body raises; the traceback is in `log`.
     """
-    handlers: list[logging.Handler] = [
-        logging.FileHandler(log, delay=True),
-        logging.StreamHandler(),
-    ]
+    handlers: list[logging.Handler] = [logging.FileHandler(log, delay=True)]
+    if place.rank == 0:
+        handlers.append(logging.StreamHandler())
     configure_logging(handlers, place)
     postman = Postman()
     try:

@@ -16,7 +16,8 @@ from gatewise.conf.compose import config_to_yaml, group_choices, load_train_conf
 from gatewise.conf.fields import field_table
 from gatewise.conf.schemas import GROUPS
 from gatewise.launch.engines import check_engine
-from gatewise.launch.rank_log import tell_user
+from gatewise.launch.outcome import answer_script
+from gatewise.launch.rank_log import own_log, tell_user
 from gatewise.launch.run_folder import RunFolder, writable
 from gatewise.launch.session import (
     EXIT_CONFIG,
@@ -55,6 +56,12 @@ def usage(arguments: Sequence[str]) -> str:
 def run(arguments: Sequence[str]) -> int:
     """Train as the command line says and return the exit code."""
     place = detect_world(os.environ)
+    if place is None:
+        return _run(arguments, None)
+    return answer_script(lambda: _run(arguments, place), place)
+
+
+def _run(arguments: Sequence[str], place: Place | None) -> int:
     config = load_train_config(_with_world_size(arguments, place))
     check_tracking(config)
     check_engine(config)
@@ -75,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
             plan_schedule(config, profile)
     if place is not None and place.world_size > 1:
         return _run_member(config, place)
-    folder = RunFolder.choose(config.run.dir, config.name)
+    folder = RunFolder.choose(config.run.dir, config.name, is_launched=place is not None)
     return run_session(
         "train",
         folder,
@@ -150,8 +157,12 @@ def _run_member(config: TrainConfig, place: Place) -> int:
         answer: list[dict[str, str]] = [{}]
         if place.rank == 0:
             try:
-                folder = RunFolder.choose(config.run.dir, config.name)
-                answer[0] = {"folder": str(folder.path), "data": str(_prepare(config, folder))}
+                folder = RunFolder.choose(config.run.dir, config.name, is_launched=True)
+                answer[0] = {
+                    "folder": str(folder.path),
+                    "logs": str(folder.logs),
+                    "data": str(_prepare(config, folder)),
+                }
             except ConfigError as error:
                 answer[0] = {"error": one_line(error)}
         dist.broadcast_object_list(answer, src=0)
@@ -184,7 +195,7 @@ def _follow(
     from gatewise.training.data import prepare_data
 
     path = Path(answer["folder"])
-    log = path / "logs" / f"rank_{place.rank}.log"
+    log = Path(answer["logs"]) / f"rank_{place.rank}.log"
 
     def body(_: Place) -> dict[str, Any]:
         data_folder = Path(answer["data"])
@@ -193,7 +204,8 @@ def _follow(
         return _train(runtime, config, data_folder, path)
 
     def report() -> Mapping[str, Any]:
-        outcome = run_here(body, place, (), log=log)
+        with own_log(log, keep_stdout=place.rank == 0):
+            outcome = run_here(body, place, (), log=log)
         return {**(outcome.result or {}), "peak_rss_mb": outcome.peak_rss_mb}
 
     if folder is not None:

@@ -11,7 +11,7 @@ from training_runs import make_text, run, tiny
 from gatewise.compression.config import CompressConfig
 from gatewise.conf.compose import load_settings, load_train_config, override_config
 from gatewise.conf.fields import field_table
-from gatewise.launch import analyze, bench_pregate, bench_step, evaluate
+from gatewise.launch import analyze, bench_pregate, bench_step, evaluate, submit
 from gatewise.launch.bench_kernels import KernelBenchConfig
 from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.bench_schedule import ScheduleBenchConfig
@@ -20,8 +20,10 @@ from gatewise.launch.dashboard import DashboardConfig, without_push
 from gatewise.launch.doctor import DoctorConfig, without_build
 from gatewise.launch.export import ExportConfig
 from gatewise.launch.generate import GenerateConfig
+from gatewise.launch.jobs import layout
 from gatewise.launch.plan import PlanConfig
 from gatewise.launch.simulate import SimulateConfig
+from gatewise.launch.sweep import expand
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import EvaluationConfig, RunConfig, TrainConfig
 from gatewise.training.distil_config import DistilConfig
@@ -94,6 +96,11 @@ def parse(command: str) -> None:
     rest = [word for word in rest if word != "--help"]
     if name == "train":
         load_train_config(rest)
+    elif name == "submit":
+        request = submit.parse(rest)
+        grid = expand(request.overrides) if request.multirun else [({}, request.overrides)]
+        for _, overrides in grid:
+            layout(request.submit, overrides)
     elif name == "evaluate":
         evaluation, others = evaluate.split_arguments(rest)
         assert evaluation.checkpoint is not None, command
