@@ -27,19 +27,21 @@ from gatewise.compression.statistics import LayerStatistics, measure_layer
 from gatewise.compression.work import Work
 from gatewise.moe.layer import MoELayer
 from gatewise.parallel.errors import DataError
-from gatewise.training.data import SequenceOrder, read_batch
+from gatewise.training.blend import training_order
+from gatewise.training.data import Order, read_batch
 
 __all__ = ["calibration_batches", "measure_costs", "sequence_order"]
 
 
-def sequence_order(work: Work) -> SequenceOrder:
+def sequence_order(work: Work) -> Order:
     """Return the order of the training sequences, once there are enough for the settings.
 
     Raises:
         DataError: if there are not.
     """
     config, length = work.config.calibration, work.source.config.data.sequence_length
-    order = SequenceOrder(len(work.source.data.train), length, config.seed)
+    data = work.source.data
+    order = training_order(data.blend, len(data.train), length, config.seed)
     wanted, columns = config.sequences, max(part.shape.columns for part in work.plan.parts)
     if wanted > order.sequences_per_epoch:
         raise DataError(
@@ -54,7 +56,7 @@ def sequence_order(work: Work) -> SequenceOrder:
     return order
 
 
-def calibration_batches(work: Work, order: SequenceOrder) -> list[Tensor]:
+def calibration_batches(work: Work, order: Order) -> list[Tensor]:
     """Choose the sequences and read them."""
     config, train = work.config.calibration, work.source.config
     tokens, wanted = work.source.data.train, config.sequences

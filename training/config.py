@@ -94,6 +94,7 @@ class DataConfig:
     """Text and how it is cut into training sequences."""
 
     path: str | None = None  # file, folder, glob, .gz, .jsonl, Megatron prefix; None: stdlib
+    blend: str | None = None  # "weight prefix weight prefix ..." of Megatron token files
     hf: str | None = None  # name of a Hugging Face dataset, where the network allows
     text_key: str = "text"  # field of a .jsonl line or dataset row
     tokenizer: Tokenizer = Tokenizer.bytes
@@ -117,8 +118,10 @@ class DataConfig:
                 f"data.vocab_size is {self.vocab_size}; a BPE needs from 257 (all bytes and "
                 "end of text) to 65536"
             )
-        if self.path is not None and self.hf is not None:
-            raise ConfigError("data.path and data.hf are both set; keep one of them")
+        given = [name for name in ("path", "blend", "hf") if getattr(self, name) is not None]
+        if len(given) > 1:
+            both = " and ".join(f"data.{name}" for name in given)
+            raise ConfigError(f"{both} are {'both' if len(given) == 2 else 'all'} set; keep one")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,7 +20,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,11 +28,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from gatewise.parallel.errors import ConfigError, DataError
+from gatewise.training.blend import BlendPart, parse_blend, training_order
 from gatewise.training.config import DataConfig, Tokenizer
 from gatewise.training.corpus import Corpus, Document, find_corpus
 from gatewise.training.indexed import TokenFile, TokenFileWriter, Tokens, token_dtype
 from gatewise.training.sequences import (
-    SequenceOrder,
+    Order,
     Windows,
     read_batch,
     validation_windows,
@@ -40,8 +41,8 @@ from gatewise.training.sequences import (
 from gatewise.training.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, train_bpe
 
 __all__ = [
+    "Order",
     "PreparedData",
-    "SequenceOrder",
     "Windows",
     "open_prepared",
     "prepare_data",
@@ -67,6 +68,7 @@ class PreparedData:
     fingerprint: str  # hash of tokenizer and tokens: equal text and settings, equal value
     train_bytes: int  # of text that the split's tokens stand for
     validation_bytes: int
+    blend: tuple[BlendPart, ...] = ()  # of the training split; empty: it is one
 
 
 def prepare_data(config: DataConfig) -> PreparedData:
@@ -79,18 +81,19 @@ def prepare_data(config: DataConfig) -> PreparedData:
         ConfigError: if tokenizer, cache folder or an optional package cannot be used.
         DataError: if the text cannot be used, or is too short for the settings.
     """
-    prefix = None if config.path is None else _megatron_prefix(config.path)
+    shares = _shares(config)
     given = None if config.tokenizer_path is None else load_tokenizer(config.tokenizer_path)
     if given is None and config.tokenizer is Tokenizer.bytes:
         given = ByteTokenizer()
-    if prefix is None:
+    if not shares:
         corpus = find_corpus(config)
         build: _Build = _TextBuild(corpus, given, config.vocab_size)
     elif given is not None:
-        build = _TokenBuild(prefix, given, config.validation_every)
+        build = _TokenBuild(shares, given, config.validation_every, blend=config.blend is not None)
     else:
+        source = f"path={config.path}" if config.blend is None else "blend"
         raise ConfigError(
-            f"data.tokenizer is bpe, but data.path={config.path} holds tokens, on which no BPE can "
+            f"data.tokenizer is bpe, but data.{source} holds tokens, on which no BPE can "
             "be trained; set data.tokenizer_path to the tokenizer that made them (or "
             "data.tokenizer=bytes)"
         )
@@ -118,8 +121,10 @@ class _Build(Protocol):
     def tokenizer(self) -> TextTokenizer:
         """Return the tokenizer; may take long, where it is trained."""
 
-    def documents(self, tokenizer: TextTokenizer) -> Iterator[tuple[Tokens, bool]]:
-        """Yield tokens that end with end of text, and whether they are validation."""
+    weights: Sequence[float]  # of the parts of a blend; empty: there is none
+
+    def documents(self, tokenizer: TextTokenizer) -> Iterator[tuple[Tokens, bool, int]]:
+        """Yield tokens that end with end of text, whether they are validation, and the part."""
 
 
 class _TextBuild:
@@ -128,6 +133,7 @@ class _TextBuild:
         self._corpus, self._tokenizer, self._vocab_size = corpus, tokenizer, vocab_size
         settings = f"bpe {vocab_size}" if tokenizer is None else tokenizer.fingerprint
         self.key = _key("text", corpus.fingerprint, settings)
+        self.weights: Sequence[float] = ()
 
     def tokenizer(self) -> TextTokenizer:
         if self._tokenizer is not None:
@@ -135,38 +141,54 @@ class _TextBuild:
         _LOG.info("training a BPE of %d ids on %s", self._vocab_size, self.source)
         return train_bpe(_first_texts(self._corpus.documents(), _BPE_CHARACTERS), self._vocab_size)
 
-    def documents(self, tokenizer: TextTokenizer) -> Iterator[tuple[Tokens, bool]]:
+    def documents(self, tokenizer: TextTokenizer) -> Iterator[tuple[Tokens, bool, int]]:
         for documents in _batched(self._corpus.documents(), _BATCH_CHARACTERS):
             batch = tokenizer.encode_batch([document.text for document in documents])
             for document, ids_N in zip(documents, batch, strict=True):
-                yield np.append(ids_N, tokenizer.end_of_text), document.is_validation
+                yield np.append(ids_N, tokenizer.end_of_text), document.is_validation, 0
 
 
 class _TokenBuild:
-    def __init__(self, prefix: Path, tokenizer: TextTokenizer, validation_every: int) -> None:
-        self.source = f"data.path={prefix}"
-        self._file, self._tokenizer, self._every = TokenFile(prefix), tokenizer, validation_every
-        digests = [_file_digest(_beside(prefix, suffix)) for suffix in (".idx", ".bin")]
-        self.key = _key("tokens", *digests, tokenizer.fingerprint, str(validation_every))
+    def __init__(
+        self,
+        shares: Sequence[tuple[float, Path]],
+        tokenizer: TextTokenizer,
+        validation_every: int,
+        *,
+        blend: bool,
+    ) -> None:
+        names = " ".join(str(prefix) for _, prefix in shares)
+        self.source = f"data.blend of {names}" if blend else f"data.path={names}"
+        self.weights: Sequence[float] = [weight for weight, _ in shares] if blend else []
+        self._files = [TokenFile(prefix) for _, prefix in shares]
+        self._tokenizer, self._every = tokenizer, validation_every
+        digests = [
+            _file_digest(_beside(prefix, suffix))
+            for _, prefix in shares
+            for suffix in (".idx", ".bin")
+        ]
+        settings = [repr(weight) for weight in self.weights]
+        self.key = _key("tokens", *digests, *settings, tokenizer.fingerprint, str(validation_every))
 
     def tokenizer(self) -> TextTokenizer:
         return self._tokenizer
 
-    def documents(self, tokenizer: TextTokenizer) -> Iterator[tuple[Tokens, bool]]:
-        for index in range(self._file.num_documents):
-            ids_N = self._file.document(index)
-            if len(ids_N) == 0:
-                continue
-            low, high = int(ids_N.min()), int(ids_N.max())
-            if low < 0 or high >= tokenizer.vocab_size:
-                raise DataError(
-                    f"{self._file.prefix}.bin holds token id {high if low >= 0 else low}, but the "
-                    f"tokenizer has ids 0 to {tokenizer.vocab_size - 1}; set data.tokenizer_path "
-                    "to the tokenizer that made the file"
-                )
-            if ids_N[-1] != tokenizer.end_of_text:
-                ids_N = np.append(ids_N.astype(np.int64), tokenizer.end_of_text)
-            yield ids_N, index % self._every == self._every - 1
+    def documents(self, tokenizer: TextTokenizer) -> Iterator[tuple[Tokens, bool, int]]:
+        for part, file in enumerate(self._files):
+            for index in range(file.num_documents):
+                ids_N = file.document(index)
+                if len(ids_N) == 0:
+                    continue
+                low, high = int(ids_N.min()), int(ids_N.max())
+                if low < 0 or high >= tokenizer.vocab_size:
+                    raise DataError(
+                        f"{file.prefix}.bin holds token id {high if low >= 0 else low}, but the "
+                        f"tokenizer has ids 0 to {tokenizer.vocab_size - 1}; set "
+                        "data.tokenizer_path to the tokenizer that made the file"
+                    )
+                if ids_N[-1] != tokenizer.end_of_text:
+                    ids_N = np.append(ids_N.astype(np.int64), tokenizer.end_of_text)
+                yield ids_N, index % self._every == self._every - 1, part
 
 
 def _build_or_open(root: Path, build: _Build) -> PreparedData:
@@ -201,12 +223,15 @@ def _write(folder: Path, build: _Build) -> None:
     tokenizer = build.tokenizer()
     tokenizer.save(folder / "tokenizer.json")
     dtype = token_dtype(tokenizer.vocab_size)
+    tokens_P = [0] * len(build.weights)
     counts = [np.zeros(tokenizer.vocab_size, np.int64) for _ in range(2)]
     with (
         TokenFileWriter(folder / "train", dtype) as train,
         TokenFileWriter(folder / "validation", dtype) as validation,
     ):
-        for ids_N, is_validation in build.documents(tokenizer):
+        for ids_N, is_validation, part in build.documents(tokenizer):
+            if build.weights and not is_validation:
+                tokens_P[part] += len(ids_N)
             (validation if is_validation else train).add_document(ids_N)
             counts[is_validation] += np.bincount(ids_N, minlength=tokenizer.vocab_size)
     train_bytes, validation_bytes = (int(count_V @ tokenizer.token_bytes()) for count_V in counts)
@@ -220,6 +245,11 @@ def _write(folder: Path, build: _Build) -> None:
         "validation_bytes": validation_bytes,
         "sha256": {name: _file_digest(folder / name) for name in _FILES},
     }
+    if build.weights:
+        manifest["blend"] = [
+            {"tokens": tokens, "weight": weight}
+            for tokens, weight in zip(tokens_P, build.weights, strict=True)
+        ]
     manifest["checksum"] = _checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="ascii")
     _LOG.info(
@@ -264,6 +294,7 @@ def _open(folder: Path, manifest: dict[str, Any]) -> PreparedData:
         fingerprint=_key(*(digests[name] for name in _FILES)),
         train_bytes=manifest["train_bytes"],
         validation_bytes=manifest["validation_bytes"],
+        blend=tuple(BlendPart(**part) for part in manifest.get("blend", ())),
     )
 
 
@@ -276,9 +307,26 @@ def _check_long_enough(prepared: PreparedData, source: str, config: DataConfig) 
             f"lower data.validation_every (at least 2) or give more text"
         )
     try:
-        SequenceOrder(len(prepared.train), config.sequence_length, 0)
+        training_order(prepared.blend, len(prepared.train), config.sequence_length, 0)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
+
+
+def _shares(config: DataConfig) -> list[tuple[float, Path]]:
+    """Return the token files of the settings and their shares; none where they name text."""
+    if config.blend is None:
+        prefix = None if config.path is None else _megatron_prefix(config.path)
+        return [] if prefix is None else [(1.0, prefix)]
+    found = []
+    for weight, name in parse_blend(config.blend):
+        prefix = _megatron_prefix(name)
+        if prefix is None:
+            raise DataError(
+                f"data.blend names {name}, but there is no {name}.idx; give prefixes of .bin/.idx "
+                "pairs"
+            )
+        found.append((weight, prefix))
+    return found
 
 
 def _megatron_prefix(path: str) -> Path | None:

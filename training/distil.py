@@ -29,6 +29,7 @@ from gatewise.routers.ahead.agreement import distillation_loss, mass_recall, rec
 from gatewise.routers.ahead.config import AheadWeights
 from gatewise.routers.ahead.pregate import PreGate
 from gatewise.routers.api import Routing
+from gatewise.training.blend import training_order
 from gatewise.training.checkpoint_load import load
 from gatewise.training.checkpointer import read_meta
 from gatewise.training.config import TrainConfig
@@ -36,7 +37,7 @@ from gatewise.training.data import PreparedData
 from gatewise.training.evaluate import Evaluation, evaluate
 from gatewise.training.optim import ShardedAdamW, learning_rate
 from gatewise.training.resume import Progress, RunCheckpoints
-from gatewise.training.sequences import SequenceOrder, read_batch
+from gatewise.training.sequences import read_batch
 from gatewise.training.sinks import MetricSink
 from gatewise.training.state import model_ranges
 
@@ -73,7 +74,8 @@ def distil(
         parameter.requires_grad_(False)
     reducer = GradientReducer(make_buckets(trained, runtime.groups), ranks=runtime.world)
     optimizer = ShardedAdamW(reducer.buckets, config.optim)
-    order = SequenceOrder(len(data.train.tokens), config.data.sequence_length, config.seed)
+    length = config.data.sequence_length
+    order = training_order(data.blend, len(data.train), length, config.seed)
     control = runtime.groups.control
     share = config.batch.sequences // runtime.world
     sums = _Agreement(len(model.moe_layers()), runtime.device)

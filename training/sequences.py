@@ -9,6 +9,7 @@ Shapes:  B sequences   L sequence_length   W windows
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,25 @@ import torch
 from gatewise.parallel.errors import DataError
 from gatewise.training.indexed import TokenFile
 
-__all__ = ["SequenceOrder", "Windows", "read_batch", "validation_windows"]
+__all__ = ["Order", "SequenceOrder", "Windows", "read_batch", "validation_windows"]
+
+
+class Order(Protocol):
+    """Where each global sample starts in the training tokens."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Inputs of a sequence."""
+        ...
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Sequences that the split holds."""
+        ...
+
+    def starts(self, global_indices: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return the first token of each of several global samples, int64 [B]."""
+        ...
 
 
 class SequenceOrder:
@@ -79,9 +98,7 @@ class SequenceOrder:
         return self._epochs[epoch]
 
 
-def read_batch(
-    tokens: TokenFile, order: SequenceOrder, global_indices: Sequence[int]
-) -> torch.Tensor:
+def read_batch(tokens: TokenFile, order: Order, global_indices: Sequence[int]) -> torch.Tensor:
     """Read the sequences of some global samples.
 
     Args:

@@ -25,6 +25,7 @@ from gatewise.parallel.errors import CheckpointError, RankError, is_lost_peer
 from gatewise.parallel.runtime import Runtime, memory_mb, multiplies_bf16
 from gatewise.parallel.stuck import Watch, report_stuck
 from gatewise.routers.api import NoiseKey
+from gatewise.training.blend import training_order
 from gatewise.training.config import Precision, TrainConfig
 from gatewise.training.data import PreparedData
 from gatewise.training.engine import Engine, build_engine
@@ -38,7 +39,7 @@ from gatewise.training.optim import learning_rate
 from gatewise.training.pace import PaceMeter
 from gatewise.training.resume import Progress, RunCheckpoints
 from gatewise.training.scheduled_layers import ScheduledLayers
-from gatewise.training.sequences import SequenceOrder, read_batch
+from gatewise.training.sequences import read_batch
 from gatewise.training.sinks import MetricSink
 from gatewise.training.step import StepResult, train_step
 
@@ -155,7 +156,8 @@ class Trainer:
             folder,
             dtype=resolve_dtype(config.precision, runtime.device),
         )
-        self.order = SequenceOrder(len(data.train.tokens), config.data.sequence_length, config.seed)
+        length = config.data.sequence_length
+        self.order = training_order(data.blend, len(data.train), length, config.seed)
         self.meter = HealthMeter(
             len(self.model.moe_layers()),
             config.model.num_experts,

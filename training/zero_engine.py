@@ -157,6 +157,7 @@ class ZeroEngine:
         return [
             Held(p.parts, p.master, p.state["exp_avg"], p.state["exp_avg_sq"])
             for p in self._partitions
+            if p.parts  # a small group leaves some ranks with padding alone
         ]
 
     def publish(self) -> None:
@@ -205,7 +206,9 @@ def _group(
         kinds.setdefault((spec.label, spec.decay, spec.parameter.dtype), []).append(spec)
     groups: list[dict[str, Any]] = []
     found: list[_Kind] = []
-    for (label, decay, _), members in kinds.items():
+    # DeepSpeed takes the type of its buffers from the first group: the widest
+    ordered = sorted(kinds.items(), key=lambda item: -item[0][2].itemsize)
+    for (label, decay, _), members in ordered:
         group: dict[str, Any] = {
             "params": [spec.parameter for spec in members],
             "weight_decay": config.optim.weight_decay if decay else 0.0,
