@@ -33,6 +33,7 @@ COMMANDS = {
     "export": ("gatewise.launch.export", "write a compressed model for another program"),
     "plan": ("gatewise.launch.plan", "schedules of a step side by side, and the best one's plan"),
     "simulate": ("gatewise.launch.simulate", "step time, memory and layout on a cluster"),
+    "report": ("gatewise.launch.report", "one HTML file of a run, or of several side by side"),
     "dashboard": ("gatewise.launch.dashboard", "write or push the W&B workspace of a project"),
     "doctor": ("gatewise.launch.doctor", "show what is installed, what is missing, how to get it"),
 }

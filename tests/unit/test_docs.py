@@ -22,6 +22,7 @@ from gatewise.launch.export import ExportConfig
 from gatewise.launch.generate import GenerateConfig
 from gatewise.launch.jobs import layout
 from gatewise.launch.plan import PlanConfig
+from gatewise.launch.report import ReportConfig, split_runs
 from gatewise.launch.simulate import SimulateConfig
 from gatewise.launch.sweep import expand
 from gatewise.parallel.errors import ConfigError
@@ -109,6 +110,10 @@ def parse(command: str) -> None:
         settings, others = analyze.split_arguments(rest)
         assert settings.checkpoint is not None, command
         override_config(TrainConfig(run=RunConfig()), others, sections=(*analyze._SECTIONS, "run"))
+    elif name == "report":
+        folders, others = split_runs(rest)
+        assert folders, command
+        load_settings(ReportConfig, others)
     elif name == "bench pregate":
         load_train_config(bench_pregate._with_defaults(bench_pregate._split(rest)[1]))
     elif name == "bench step":
