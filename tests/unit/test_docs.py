@@ -110,10 +110,6 @@ def parse(command: str) -> None:
         settings, others = analyze.split_arguments(rest)
         assert settings.checkpoint is not None, command
         override_config(TrainConfig(run=RunConfig()), others, sections=(*analyze._SECTIONS, "run"))
-    elif name == "report":
-        folders, others = split_runs(rest)
-        assert folders, command
-        load_settings(ReportConfig, others)
     elif name == "bench pregate":
         load_train_config(bench_pregate._with_defaults(bench_pregate._split(rest)[1]))
     elif name == "bench step":
@@ -130,10 +126,15 @@ def parse(command: str) -> None:
             "distil": DistilConfig,
             "doctor": DoctorConfig,
             "plan": PlanConfig,
+            "report": ReportConfig,
             "simulate": SimulateConfig,
         }
-        rest = without_push(without_build(rest))
-        load_settings(schemas[name], rest)
+        settings_of = {
+            "dashboard": without_push,
+            "doctor": without_build,
+            "report": lambda words: split_runs(words)[1],
+        }
+        load_settings(schemas[name], settings_of.get(name, list)(rest))
 
 
 @pages()
