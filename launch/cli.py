@@ -30,6 +30,10 @@ COMMANDS = {
         "measure this machine: `bench kernels`, `layer`, `pregate`, `schedule`, `step`",
     ),
     "compress": ("gatewise.launch.compress", "quantise a checkpoint's experts to a few bits"),
+    "convert": (
+        "gatewise.launch.convert",
+        "other programs' models in and out: `convert from_hf`, `from_gguf`, `to_hf`",
+    ),
     "export": ("gatewise.launch.export", "write a compressed model for another program"),
     "plan": ("gatewise.launch.plan", "schedules of a step side by side, and the best one's plan"),
     "simulate": ("gatewise.launch.simulate", "step time, memory and layout on a cluster"),

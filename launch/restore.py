@@ -25,7 +25,7 @@ from gatewise.training.checkpointer import find_latest, load, read_meta, verify
 from gatewise.training.config import TrainConfig
 from gatewise.training.data import PreparedData, prepare_data
 from gatewise.training.resume import check_tokenizer
-from gatewise.training.state import model_ranges
+from gatewise.training.state import OPTIMIZER, model_ranges
 from gatewise.training.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer
 from gatewise.training.trainer import resolve_dtype
 
@@ -136,14 +136,18 @@ def open_checkpoint(name: str) -> Stored:
     return Stored(path, _stored_config(path), _meta(path))
 
 
-def restore_tokenizer(stored: Stored) -> TextTokenizer:
+def restore_tokenizer(stored: Stored, *, fits: bool = True) -> TextTokenizer:
     """Return the tokenizer that the checkpoint was trained with.
 
     It lies beside the checkpoints, in the run's folder; where that is gone, it is made again
     from the run's data.
 
+    Args:
+        stored: the checkpoint.
+        fits: whether each of its ids must have a row in the model's embedding.
+
     Raises:
-        CheckpointError: if what is found is another tokenizer.
+        CheckpointError: if what is found is another tokenizer, or does not fit.
     """
     folder = stored.path if stored.is_compressed else stored.path.parent.parent
     beside = folder / "tokenizer.json"
@@ -157,6 +161,12 @@ def restore_tokenizer(stored: Stored) -> TextTokenizer:
         raise CheckpointError(
             f"checkpoint {stored.path} was trained with another tokenizer than the one found; "
             f"put the run's tokenizer.json to {beside}"
+        )
+    rows = int(stored.meta["vocab_size"])
+    if fits and tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"checkpoint {stored.path} has {rows} rows in its embedding but its tokenizer has "
+            f"{tokenizer.vocab_size} ids; convert it again with tokenizer=PATH, its own"
         )
     return tokenizer
 
@@ -210,7 +220,7 @@ def restore_model(
         dtype=torch.float32,
         seed=config.seed,
     )
-    load(stored.path, model_ranges(model), optional_prefixes=("adam_m/", "adam_v/"))
+    load(stored.path, model_ranges(model), optional_prefixes=OPTIMIZER)
     set_precision(model, resolve_dtype(config.precision, device))
     return model.eval()
 

@@ -30,7 +30,7 @@ from gatewise.launch.session import (
 )
 from gatewise.launch.spawn import RankFailure, run_here, run_ranks, warm_up
 from gatewise.launch.tracking import check_tracking, make_sinks
-from gatewise.launch.usage import usage_text
+from gatewise.launch.usage import shown_value, usage_text
 from gatewise.launch.world import Place, detect_world, join_ranks, threads_per_rank
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import TrainConfig
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str], place: Place | None) -> int:
-    config = load_train_config(_with_world_size(arguments, place))
+    config = load_train_config(_with_world_size(_with_loaded_model(arguments), place))
     check_tracking(config)
     check_engine(config)
     if config.checkpoint.load is not None:
@@ -127,6 +127,30 @@ def _train(
         if runtime.rank == 0:
             print(f"stopped after step {result.get('steps')} and saved; start again to go on")
     return result
+
+
+def _with_loaded_model(arguments: Sequence[str]) -> list[str]:
+    """Let model, router and tokenizer follow checkpoint.load, unless an experiment has its own.
+
+    What the user sets wins.
+    """
+    given = dict(text.lstrip("+").partition("=")[::2] for text in arguments)
+    name = given.get("checkpoint.load", "null")
+    if name in ("null", "") or "experiment" in given:
+        return list(arguments)
+    from gatewise.launch.restore import open_checkpoint
+
+    stored = open_checkpoint(name)
+    sections = ["model"] if "router" in given else ["model", "router"]
+    told = [
+        f"{field.name}={shown_value(field.default)}"
+        for field in field_table(stored.config).values()
+        if field.name.partition(".")[0] in sections
+    ]
+    tokenizer = stored.path.parent.parent / "tokenizer.json"
+    if tokenizer.exists() and not {"data.tokenizer", "data.tokenizer_path"} & given.keys():
+        told.append(f"data.tokenizer_path={tokenizer}")
+    return [*told, *arguments]
 
 
 def _with_world_size(arguments: Sequence[str], place: Place | None) -> list[str]:
@@ -225,7 +249,7 @@ def _prepare(config: TrainConfig, folder: RunFolder) -> Path:
     with tell_user():
         data = prepare_data(config.data)
         print(f"  text: {len(data.train):,} tokens, {len(data.validation):,} of validation")
-        _check_vocabulary(config, data.tokenizer.vocab_size)
+        _check_vocabulary(config, config.embedding_rows(data.tokenizer.vocab_size))
         check_resume(config, folder.path, data)
     folder.write_config(config_to_yaml(config))
     folder.write_environment([Path(sys.argv[0]).name, *sys.argv[1:]])

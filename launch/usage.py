@@ -5,7 +5,7 @@ from enum import Enum
 
 from gatewise.conf.fields import Field
 
-__all__ = ["usage_text"]
+__all__ = ["shown_value", "usage_text"]
 
 _VALUE_COLUMN = 30
 
@@ -31,7 +31,7 @@ def usage_text(
         lines += [f"  {name}={'|'.join(choices)}" for name, choices in groups.items()]
     lines += ["", "fields and their defaults:"]
     for field in table.values():
-        value = f"  {field.name}={_shown(field.default)}"
+        value = f"  {field.name}={shown_value(field.default)}"
         meaning = field.meaning.replace("None", "null")  # as it is written here
         if issubclass(field.kind, Enum):
             choices = "|".join(field.kind.__members__)
@@ -40,7 +40,8 @@ def usage_text(
     return "\n".join(lines)
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
+    """Spell a value as the command line takes it."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,5 +1,8 @@
 """Causal self-attention: rotary positions, grouped queries, optional norm of queries and keys.
 
+Further options, as published models have them: biases, windows, sinks (`attention_config.py`).
+Latent attention is in `latent.py`.
+
 Shapes:  B sequences   S positions   D model width   H query heads   J key-value heads
          W width per head   P positions in the cache and this call together
 Source:  rotary embeddings: arXiv:2104.09864; grouped-query attention: arXiv:2305.13245;
@@ -13,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatewise.moe.config import ModelConfig
 from gatewise.moe.packed import multiply
+from gatewise.moe.rotary import rotate
 from gatewise.parallel.parameters import Span
 from gatewise.parallel.sequence import WHOLE_SEQUENCES, SequenceSplit
 from gatewise.routers.ahead.trunk import PrefixCache
 
-__all__ = ["Attention", "KeyValueCache", "RMSNorm", "rotary_tables"]
+__all__ = ["Attention", "KeyValueCache", "RMSNorm", "visible"]
 
 
 NormFunction = Callable[[Tensor, Tensor, float], Tensor]  # of x, gain, eps, all of one dtype
@@ -75,12 +80,9 @@ class Attention(nn.Module):
     """One attention layer; with a split, this rank's heads of it over sequences that it gathers.
 
     Args:
-        hidden: D.
-        heads: H.
-        kv_heads: J, a divisor of H.
-        qk_norm: normalise queries and keys per head.
-        eps: of that norm.
-        split: how positions lie on ranks; its parts divide H and J.
+        config: sizes and options; heads and key-value heads are multiples of the split's parts.
+        layer: index from 0; some options differ between layers.
+        split: how positions lie on ranks.
 
     `watch`, where set, is told the rotated queries (B, H, S, W) and all keys (B, J, P, W).
 
@@ -88,38 +90,45 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden: int,
-        heads: int,
-        kv_heads: int,
-        *,
-        qk_norm: bool,
-        eps: float,
-        split: SequenceSplit = WHOLE_SEQUENCES,
+        self, config: ModelConfig, layer: int, *, split: SequenceSplit = WHOLE_SEQUENCES
     ) -> None:
         super().__init__()
+        extra, hidden = config.attention, config.hidden
+        assert extra.plain or split.parts == 1
         self.split = split
-        self.head_width = hidden // heads
-        self.heads, self.kv_heads = heads // split.parts, kv_heads // split.parts
+        self.head_width = config.head_width()
+        self.heads = config.heads // split.parts
+        self.kv_heads = (config.kv_heads or config.heads) // split.parts
+        self.window = extra.window_of(layer)
         rows = (self.heads + 2 * self.kv_heads) * self.head_width
         self.w_qkv = nn.Parameter(torch.empty(rows, hidden))
         self.w_out = nn.Parameter(torch.empty(hidden, self.heads * self.head_width))
-        self.norm_q = RMSNorm(self.head_width, eps) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(self.head_width, eps) if qk_norm else nn.Identity()
+        self.bias_qkv = nn.Parameter(torch.empty(rows)) if extra.qkv_bias else None
+        self.bias_out = nn.Parameter(torch.empty(hidden)) if extra.out_bias else None
+        self.sinks = nn.Parameter(torch.empty(self.heads)) if extra.sinks else None
+        self.norm_whole = extra.norm_whole
+        widths = [self.head_width] * 2
+        if extra.norm_whole:
+            widths = [heads * self.head_width for heads in (self.heads, self.kv_heads)]
+        self.norm_q, self.norm_k = (
+            RMSNorm(width, config.norm_eps) if config.qk_norm else nn.Identity() for width in widths
+        )
         self.watch: Callable[[Tensor, Tensor], None] | None = None
 
     def whole_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight with all heads."""
-        rows, columns = getattr(self, name).shape
         parts = self.split.parts
+        if parts == 1:
+            return tuple(getattr(self, name).shape)
+        rows, columns = getattr(self, name).shape
         return (rows * parts, columns) if name == "w_qkv" else (rows, columns * parts)
 
     def spans(self, name: str) -> tuple[Span, ...]:
         """Return where a weight's elements lie in the flattened weight with all heads."""
         part, parts = self.split.part, self.split.parts
-        rows, columns = getattr(self, name).shape
         if parts == 1:
             return ()
+        rows, columns = getattr(self, name).shape
         if name == "w_out":
             return (Span(part * columns, rows, columns, parts * columns),)
         found, start = [], 0
@@ -146,46 +155,70 @@ class Attention(nn.Module):
         """
         x_BSD = self.split.whole(x_BSD)
         batch, positions, _ = x_BSD.shape
-        qkv = multiply(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_width)
+        qkv = multiply(x_BSD, self.w_qkv)
+        if self.bias_qkv is not None:
+            qkv = qkv + self.bias_qkv
+        qkv = qkv.view(batch, positions, -1, self.head_width)
         q, k, v_BSJW = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
-        q_BHSW = _rotate(self.norm_q(q), rotary).transpose(1, 2)
-        k_BJSW = _rotate(self.norm_k(k), rotary).transpose(1, 2)
+        q_BHSW = rotate(self._normed(self.norm_q, q), rotary).transpose(1, 2)
+        k_BJSW = rotate(self._normed(self.norm_k, k), rotary).transpose(1, 2)
         v_BJSW = v_BSJW.transpose(1, 2)
-        causal = True
         if cache is not None:
             k_BJSW, v_BJSW = cache.append(layer, k_BJSW, v_BJSW)
-            causal = positions == k_BJSW.shape[2]
         if self.watch is not None:
             self.watch(q_BHSW, k_BJSW)
-        mask = None
-        if not causal and positions > 1:  # new positions after cached ones
-            total = k_BJSW.shape[2]
-            mask = torch.ones(positions, total, dtype=torch.bool, device=x_BSD.device)
-            mask = mask.tril(total - positions)
-        y_BHSW = F.scaled_dot_product_attention(
-            q_BHSW,
-            k_BJSW,
-            v_BJSW,
-            attn_mask=mask,
-            is_causal=causal and positions > 1,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        mask = visible(positions, k_BJSW.shape[2], self.window, x_BSD.device)
+        if self.sinks is not None:
+            y_BHSW = _attend_with_sinks(q_BHSW, k_BJSW, v_BJSW, mask, self.sinks)
+        else:
+            y_BHSW = F.scaled_dot_product_attention(
+                q_BHSW,
+                k_BJSW,
+                v_BJSW,
+                attn_mask=mask,
+                is_causal=mask is None and positions > 1,
+                enable_gqa=self.kv_heads != self.heads,
+            )
         y_BSD = multiply(y_BHSW.transpose(1, 2).flatten(2), self.w_out)
+        if self.bias_out is not None:
+            y_BSD = y_BSD + self.bias_out
         return self.split.summed(y_BSD)
 
-
-def rotary_tables(
-    positions: int, width: int, base: float, *, start: int = 0, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine tables, fp32 (positions, 1, width / 2), from position `start`."""
-    frequency = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-    place = torch.arange(start, start + positions, device=device, dtype=torch.float32)
-    angle = torch.outer(place, frequency).unsqueeze(1)
-    return angle.cos(), angle.sin()
+    def _normed(self, norm: nn.Module, x_BSHW: Tensor) -> Tensor:
+        if not self.norm_whole:
+            return norm(x_BSHW)  # type: ignore[no-any-return]  # a module
+        return norm(x_BSHW.flatten(2)).view_as(x_BSHW)  # type: ignore[no-any-return]
 
 
-def _rotate(x_BSHW: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pair (i, i + W/2) of each head by its position's angle."""
-    cosine, sine = (table.to(x_BSHW.dtype) for table in rotary)
-    first, second = x_BSHW.chunk(2, -1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+def visible(positions: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which keys each new position sees, bool (S, P); None: itself and all before it.
+
+    Args:
+        positions: new ones S, the last of all.
+        total: keys P, those of the cache included.
+        window: how many a position sees, itself included; None for all.
+        device: of the result.
+    """
+    narrow = window is not None and total > window
+    if not narrow and positions in (1, total):
+        return None
+    mask = torch.ones(positions, total, dtype=torch.bool, device=device)
+    mask = mask.tril(total - positions)
+    return mask.triu(total - positions - window + 1) if narrow and window else mask
+
+
+def _attend_with_sinks(
+    q_BHSW: Tensor, k_BJPW: Tensor, v_BJPW: Tensor, mask: Tensor | None, sink_H: Tensor
+) -> Tensor:
+    """Attend with one more logit per head that has no value, so that weights may sum to less."""
+    positions, total = q_BHSW.shape[2], k_BJPW.shape[2]
+    if mask is None:
+        mask = torch.ones(positions, total, dtype=torch.bool, device=q_BHSW.device)
+        mask = mask.tril(total - positions)
+    share = q_BHSW.shape[1] // k_BJPW.shape[1]
+    k_BHPW, v_BHPW = (x.repeat_interleave(share, 1) for x in (k_BJPW, v_BJPW))
+    logit_BHSP = q_BHSW @ k_BHPW.transpose(2, 3) * q_BHSW.shape[3] ** -0.5
+    logit_BHSP = logit_BHSP.float().masked_fill(~mask, float("-inf"))
+    sink_BHS1 = sink_H.float().view(1, -1, 1, 1).expand(*logit_BHSP.shape[:3], 1)
+    weight_BHSP = torch.cat((logit_BHSP, sink_BHS1), -1).softmax(-1)[..., :-1]
+    return weight_BHSP.to(v_BHPW.dtype) @ v_BHPW

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from gatewise.moe.attention_config import AttentionConfig, RopeConfig
 from gatewise.routers.ahead.shapes import pregate_parameters
 from gatewise.routers.config import RouterConfig
 from gatewise.routers.shapes import router_parameters
@@ -66,12 +67,18 @@ class ModelConfig:
     dense_layers: int = 0  # the first layers are dense
     moe_every: int = 1  # after those, every moe_every-th layer is MoE
     dense_width: int | None = None  # None: top_k + shared_experts times expert_width
+    shared_width: int | None = None  # of all shared experts; None: shared_experts * expert_width
+    shared_gate: bool = False  # a sigmoid of the token scales the shared experts' output
     activation: Activation = Activation.swiglu
+    clamped_experts: bool = False  # gpt-oss: biases and a clamped swiglu; whole on each rank
     qk_norm: bool = True
     tie_embeddings: bool = True
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     rope_base: float = 10000.0
+    rope: RopeConfig = field(default_factory=RopeConfig)
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    vocab_size: int | None = None  # rows of the embedding; None: as many as the tokenizer has ids
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
 
     def __post_init__(self) -> None:
@@ -83,29 +90,83 @@ class ModelConfig:
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"model.{name} is {value}; it must be at least 0")
-        if self.dense_width is not None and self.dense_width < 1:
+        for name in ("dense_width", "shared_width", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} is {value}; it must be at least 1 or null")
+        if self.shared_width is not None and not self.shared_experts:
             raise ValueError(
-                f"model.dense_width is {self.dense_width}; it must be at least 1 or null"
+                f"model.shared_width is {self.shared_width} but model.shared_experts is 0; set it "
+                "to how many experts that width stands for, such as 1"
             )
-        if self.hidden % self.heads:
+        if self.shared_gate and not self.shared_experts:
             raise ValueError(
-                f"model.heads is {self.heads}, which does not divide model.hidden "
-                f"({self.hidden}); choose a divisor"
+                "model.shared_gate is true but model.shared_experts is 0; there is nothing to scale"
             )
-        if self.hidden // self.heads % 2:
+        self._check_heads()
+        if self.clamped_experts and self.activation is not Activation.swiglu:
             raise ValueError(
-                f"model.hidden / model.heads is {self.hidden // self.heads}; rotary position "
-                "embeddings need an even width per head"
+                f"model.activation is {self.activation.name}, but model.clamped_experts are those "
+                "of gpt-oss; use activation=swiglu"
             )
-        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+        if self.clamped_experts and self.capacity.factor is not None:
             raise ValueError(
-                f"model.kv_heads is {self.kv_heads}; it must divide model.heads ({self.heads})"
+                f"model.capacity.factor is {self.capacity.factor}; with model.clamped_experts "
+                "nothing is dropped, set it to null"
             )
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"model.top_k is {self.top_k}; it must be from 1 to model.num_experts "
                 f"({self.num_experts})"
             )
+
+    def _check_heads(self) -> None:
+        """Refuse heads that do not fit the width."""
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(
+                f"model.kv_heads is {self.kv_heads}; it must divide model.heads ({self.heads})"
+            )
+        if self.attention.latent.is_on:  # whose widths are its own
+            if self.kv_heads not in (None, self.heads):
+                raise ValueError(
+                    f"model.kv_heads is {self.kv_heads}; latent attention has as many as "
+                    f"model.heads ({self.heads})"
+                )
+            return
+        if self.attention.norm_whole and not self.qk_norm:
+            raise ValueError(
+                "model.attention.norm_whole is true but model.qk_norm is false; set both"
+            )
+        name, width = "model.attention.head_width", self.attention.head_width
+        if width is None:
+            if self.hidden % self.heads:
+                raise ValueError(
+                    f"model.heads is {self.heads}, which does not divide model.hidden "
+                    f"({self.hidden}); choose a divisor, or set model.attention.head_width"
+                )
+            name, width = "model.hidden / model.heads", self.hidden // self.heads
+        if width % 2:
+            raise ValueError(
+                f"{name} is {width}; rotary position embeddings need an even width per head"
+            )
+
+    def head_width(self) -> int:
+        """Return the width of a head's queries and keys."""
+        latent = self.attention.latent
+        if latent.is_on:
+            return latent.plain_width + latent.rope_width
+        return self.attention.head_width or self.hidden // self.heads
+
+    def rope_width(self) -> int:
+        """Return how much of a head's width has rotary positions."""
+        latent = self.attention.latent
+        return latent.rope_width if latent.is_on else self.head_width()
+
+    def shared(self) -> int:
+        """Return the inner width of the shared experts together; 0 where there are none."""
+        if self.shared_width is not None:
+            return self.shared_width
+        return self.shared_experts * self.expert_width
 
     def is_moe(self, layer: int) -> bool:
         """Tell whether feed-forward layer `layer` (from 0) has experts."""
@@ -137,12 +198,12 @@ def count_parameters(
     config: ModelConfig, vocab_size: int, router: RouterConfig | None = None
 ) -> ParameterCount:
     """Count the parameters of a decoder from its settings; `router` None is a linear one."""
-    hidden, width = config.hidden, config.hidden // config.heads
-    kv_heads = config.kv_heads or config.heads
+    hidden = config.hidden
     matrices = 3 if config.activation is Activation.swiglu else 2
-    attention = (config.heads + 2 * kv_heads) * width * hidden + hidden * hidden
-    attention += 2 * width if config.qk_norm else 0
+    attention = _attention_parameters(config)
     expert = matrices * hidden * config.expert_width
+    if config.clamped_experts:
+        expert += (matrices - 1) * config.expert_width + hidden
     dense = matrices * hidden * config.feed_forward_width()
     num_moe = len(config.moe_layers())
     router = router or RouterConfig()
@@ -153,9 +214,28 @@ def count_parameters(
     )
     common = vocab_size * hidden * (1 if config.tie_embeddings else 2) + hidden
     common += config.layers * (attention + 2 * hidden) + (config.layers - num_moe) * dense
-    common += num_moe * config.shared_experts * expert + routers
+    common += num_moe * (matrices * hidden * config.shared() + hidden * config.shared_gate)
+    common += routers
     return ParameterCount(
         total=common + num_moe * config.num_experts * expert,
         active=common + num_moe * config.top_k * expert,
         router=routers,
     )
+
+
+def _attention_parameters(config: ModelConfig) -> int:
+    """Count the parameters of one attention layer, its norms of queries and keys included."""
+    hidden, heads, extra = config.hidden, config.heads, config.attention
+    width, kv_heads, latent = config.head_width(), config.kv_heads or config.heads, extra.latent
+    if latent.is_on:
+        query = hidden * heads * width
+        if latent.query_rank is not None:
+            query = latent.query_rank * (hidden + 1 + heads * width)
+        down = (latent.rank + latent.rope_width) * hidden + latent.rank
+        up = heads * (latent.plain_width + latent.value_width) * latent.rank
+        return query + down + up + hidden * heads * latent.value_width
+    rows = (heads + 2 * kv_heads) * width
+    count = rows * hidden + hidden * heads * width + extra.sinks * heads
+    count += rows * extra.qkv_bias + hidden * extra.out_bias
+    norms = (heads + kv_heads) * width if extra.norm_whole else 2 * width
+    return count + norms * config.qk_norm

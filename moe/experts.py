@@ -6,6 +6,8 @@ Shapes:  e experts of this rank   E experts, all ranks   D model width   F exper
          gate and of up alike), columns of the second; their outputs add up to the expert's.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ class GroupedExperts(nn.Module):
         first_expert: global index of the first one.
         shard: which part of the width these weights are.
         shards: in how many parts it is cut; a divisor of F.
+        biases: both matrices have one (`clamped.py`); then the width is not cut.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class GroupedExperts(nn.Module):
         first_expert: int = 0,
         shard: int = 0,
         shards: int = 1,
+        biases: bool = False,
     ) -> None:
         super().__init__()
         if expert_width % shards:
@@ -56,6 +60,12 @@ class GroupedExperts(nn.Module):
         part = expert_width // shards
         self.w_in_eGD = nn.Parameter(torch.empty(num_local, self.matrices_in * part, hidden))
         self.w_out_eDF = nn.Parameter(torch.empty(num_local, hidden, part))
+        self.bias_in_eG: nn.Parameter | None = None
+        self.bias_out_eD: nn.Parameter | None = None
+        if biases:
+            assert shards == 1
+            self.bias_in_eG = nn.Parameter(torch.zeros(num_local, self.matrices_in * part))
+            self.bias_out_eD = nn.Parameter(torch.zeros(num_local, hidden))
         self.memory = ReusedMemory()
         self.sinks: tuple[GradientSink, GradientSink] | None = None
         for weight in (self.w_in_eGD, self.w_out_eDF):
@@ -65,12 +75,17 @@ class GroupedExperts(nn.Module):
     def whole_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight of one whole expert."""
         hidden = self.w_in_eGD.shape[2]
+        if name.startswith("bias"):
+            return tuple(getattr(self, name).shape[1:])
         if name == "w_in_eGD":
             return (self.matrices_in * self.expert_width, hidden)
         return (hidden, self.expert_width)
 
     def span(self, name: str) -> Span:
         """Return where a weight's elements lie in the flattened weight of all experts."""
+        if self.shards == 1:
+            size = math.prod(self.whole_shape(name))
+            return Span(self.first_expert * size, 1, self.num_local * size)
         rows, columns = self.whole_shape(name)
         start = self.first_expert * rows * columns
         part = self.expert_width // self.shards
@@ -78,8 +93,6 @@ class GroupedExperts(nn.Module):
             run, stride = part * columns, self.expert_width * columns
         else:  # consecutive columns of each row
             run, stride = part, self.expert_width
-        if self.shards == 1:
-            return Span(start, 1, self.num_local * rows * columns)
         return Span(
             start + self.shard * run, self.num_local * rows * columns // stride, run, stride
         )

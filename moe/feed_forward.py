@@ -20,19 +20,26 @@ class FeedForward(nn.Module):
         hidden: D.
         width: F.
         activation: swiglu has a gate, gelu (erf form) and relu have none.
+        gated: a sigmoid of a linear map of the token scales the output (Qwen2-MoE).
     """
 
-    def __init__(self, hidden: int, width: int, activation: Activation) -> None:
+    def __init__(
+        self, hidden: int, width: int, activation: Activation, *, gated: bool = False
+    ) -> None:
         super().__init__()
         self.activation = activation
         inner = 2 * width if activation is Activation.swiglu else width
         self.w_in_GD = nn.Parameter(torch.empty(inner, hidden))
         self.w_out_DF = nn.Parameter(torch.empty(hidden, width))
-        for weight in (self.w_in_GD, self.w_out_DF):
+        self.w_gate_1D = nn.Parameter(torch.empty(1, hidden)) if gated else None
+        for weight in self.parameters():
             if not weight.is_meta:  # drawing nothing there imports torch's compiler
                 nn.init.normal_(weight, std=0.02)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Apply the network to rows of any leading shape."""
         hidden_TG = multiply(x_TD, self.w_in_GD)
-        return multiply(activate(hidden_TG, self.activation), self.w_out_DF)
+        y_TD = multiply(activate(hidden_TG, self.activation), self.w_out_DF)
+        if self.w_gate_1D is not None:
+            y_TD = y_TD * multiply(x_TD, self.w_gate_1D).sigmoid()
+        return y_TD

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gatewise.moe.capacity import apply_capacity
+from gatewise.moe.clamped import clamped_experts
 from gatewise.moe.columns import gather_columns
 from gatewise.moe.compute import moe_compute
 from gatewise.moe.config import Activation, CapacityConfig
@@ -172,6 +173,8 @@ class MoELayer(nn.Module):
     ) -> Tensor:
         if self.packed is not None:
             return self.packed(x_TD, expert_TK, weight_TK)  # type: ignore[no-any-return]  # a module
+        if self.experts.bias_in_eG is not None:
+            return clamped_experts(x_TD, expert_TK, weight_TK, self.experts)
         job = Job(
             expert_TK,
             may_drop,

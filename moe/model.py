@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from gatewise.moe.attention import Attention, KeyValueCache, RMSNorm, rotary_tables
+from gatewise.moe.attention import Attention, KeyValueCache, RMSNorm
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.dispatch import LocalDispatcher
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
+from gatewise.moe.latent import LatentAttention
 from gatewise.moe.layer import MoELayer
 from gatewise.moe.plan_ahead import BatchPlan, plan_tickets
+from gatewise.moe.rotary import rotary_tables
 from gatewise.moe.tickets import PassTickets
 from gatewise.parallel.parameters import Label, Owner, ParameterSpec, Span, take_spans
 from gatewise.parallel.sequence import WHOLE_SEQUENCES
@@ -80,17 +82,13 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.norm_attention = RMSNorm(config.hidden, config.norm_eps)
-        self.attention = Attention(
-            config.hidden,
-            config.heads,
-            config.kv_heads or config.heads,
-            qk_norm=config.qk_norm,
-            eps=config.norm_eps,
+        self.attention: Attention | LatentAttention = (
+            LatentAttention(config) if config.attention.latent.is_on else Attention(config, layer)
         )
         self.norm_feed_forward = RMSNorm(config.hidden, config.norm_eps)
         self.feed_forward: MoELayer | FeedForward
         if config.is_moe(layer):
-            shared = config.shared_experts * config.expert_width
+            shared = config.shared()
             self.feed_forward = MoELayer(
                 build_router(
                     router,
@@ -102,10 +100,18 @@ class Block(nn.Module):
                     vocab_size=vocab_size,
                 ),
                 GroupedExperts(
-                    config.num_experts, config.hidden, config.expert_width, config.activation
+                    config.num_experts,
+                    config.hidden,
+                    config.expert_width,
+                    config.activation,
+                    biases=config.clamped_experts,
                 ),
                 LocalDispatcher(config.num_experts),
-                shared=FeedForward(config.hidden, shared, config.activation) if shared else None,
+                shared=FeedForward(
+                    config.hidden, shared, config.activation, gated=config.shared_gate
+                )
+                if shared
+                else None,
                 capacity=config.capacity,
             )
         else:
@@ -275,10 +281,11 @@ class Decoder(nn.Module):
         )
         rotary = rotary_tables(
             positions,
-            self.config.hidden // self.config.heads,
+            self.config.rope_width(),
             self.config.rope_base,
             start=cache.length if cache else 0,
             device=token_BS.device,
+            scaling=self.config.rope,
         )
         x_BSD = F.embedding(own_BS, self.embedding)
         routings: list[Routing] = []
@@ -330,6 +337,9 @@ def initialise(model: Decoder, seed: int) -> None:
             full_name = f"{module_name}.{name}" if module_name else name
             if name == "gain":
                 nn.init.ones_(parameter)
+                continue
+            if name.startswith(("bias", "sinks")) and not isinstance(module, RouterWeights):
+                nn.init.zeros_(parameter)
                 continue
             std = residual if name in ("w_out", "w_out_DF", "w_out_eDF") else model.config.init_std
             if isinstance(module, RouterWeights):
@@ -415,7 +425,7 @@ def parameter_specs(model: Decoder) -> list[ParameterSpec]:
                     parameter,
                     label,
                     owner,
-                    decay=parameter.dim() > 1 and label != "embedding",
+                    decay=parameter.dim() > 1 and label != "embedding" and name[:4] != "bias",
                     shape=shape,
                     spans=spans,
                 )

@@ -81,14 +81,7 @@ def apply_tensor_parallel(model: Decoder, group: Group) -> None:
     for block in model.blocks:
         assert isinstance(block, Block)
         with torch.device(block.attention.w_qkv.device):
-            block.attention = Attention(
-                config.hidden,
-                config.heads,
-                config.kv_heads or config.heads,
-                qk_norm=config.qk_norm,
-                eps=config.norm_eps,
-                split=model.split,
-            )
+            block.attention = Attention(config, block.layer, split=model.split)
         if isinstance(block.feed_forward, MoELayer):
             block.feed_forward.split = model.split
 
@@ -118,11 +111,12 @@ def build_model(
 def write_gradients_directly(model: Decoder, reducer: GradientReducer) -> None:
     """Let the experts' backward pass write into the reducer's buckets, past autograd.
 
-    Not where the router reads the experts' weights: there autograd adds a second gradient.
+    Not where the router reads the experts' weights: there autograd adds a second gradient. Nor for
+    clamped experts, whose whole gradient is autograd's.
     """
     for layer in model.moe_layers():
         experts = layer.experts
-        if layer.reads_columns:
+        if layer.reads_columns or experts.bias_in_eG is not None:
             continue
         sink_in, sink_out = (
             GradientSink(reducer.slot(weight), partial(reducer.written, weight))

@@ -111,6 +111,7 @@ class RouterConfig:
     selector: Selector = Selector.topk
     renormalise: bool = True  # divide the chosen scores by their sum (DeepSeek-V3, Mixtral)
     scale: float = 1.0  # multiplies the combine weights after renormalisation
+    logit_bias: bool = False  # scorer linear: the logits have a learned bias (gpt-oss)
     num_groups: int = 1  # group-limited selection: experts are cut into this many groups
     top_groups: int = 1  # ... of which each token may use this many
     top_p: float = 0.4  # selector top_p: mass of scores that a token's experts reach
@@ -267,6 +268,11 @@ class RouterConfig:
                 self.learned_noise and self.scorer is not Scorer.linear,
                 f"router.learned_noise is on but router.scorer is {self.scorer.name}; it belongs "
                 "to scorer=linear",
+            ),
+            (
+                self.logit_bias
+                and (self.scorer is not Scorer.linear or self.selector is Selector.soft),
+                "router.logit_bias is true, which belongs to scorer=linear without soft slots",
             ),
             (
                 self.scorer is Scorer.hash and self.selector is not Selector.hash,

@@ -153,7 +153,8 @@ class ComposedRouter(StatefulRouter):
                 )
             return decision.logits_TE.to(x_TD.dtype), context
         if config.scorer is Scorer.linear:
-            return F.linear(x_TD, self.weight.to(x_TD.dtype)), context
+            bias_E = self.logit_bias.to(x_TD.dtype) if config.logit_bias else None
+            return F.linear(x_TD, self.weight.to(x_TD.dtype), bias_E), context
         if config.scorer is Scorer.recurrent:
             (cell,) = self._shared
             assert cell is not None

@@ -118,8 +118,15 @@ def _linear_layer(config: RouterConfig, hidden: int, num_experts: int) -> dict[s
     if config.learned_noise:  # all experts alike at first, as in the paper
         zero = Start("constant", 0.0)
         shape = (num_experts, hidden)
-        return {"weight": Weight(shape, zero), "noise_weight": Weight(shape, zero)}
-    return {"weight": Weight((num_experts, hidden))}
+        weights = {"weight": Weight(shape, zero), "noise_weight": Weight(shape, zero)}
+        return weights | _logit_bias(config, num_experts)
+    return {"weight": Weight((num_experts, hidden))} | _logit_bias(config, num_experts)
+
+
+def _logit_bias(config: RouterConfig, num_experts: int) -> dict[str, Weight]:
+    if not config.logit_bias:
+        return {}
+    return {"logit_bias": Weight((num_experts,), Start("constant", 0.0))}
 
 
 def _mlp_layer(config: RouterConfig, hidden: int, num_experts: int) -> dict[str, Weight]:

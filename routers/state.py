@@ -40,7 +40,8 @@ class StatefulRouter(RouterWeights):
         ValueError: for settings that do not fit the sizes.
     """
 
-    weight: nn.Parameter  # this and the next four as `shapes.py` says
+    weight: nn.Parameter  # this and the next five as `shapes.py` says
+    logit_bias: nn.Parameter
     projection: nn.Parameter
     projection_bias: nn.Parameter
     temperature: nn.Parameter

@@ -289,6 +289,20 @@ class TrainConfig:
                 f"({self.data.sequence_length})"
             )
 
+    def embedding_rows(self, ids: int) -> int:
+        """Return how many rows the embedding has for a tokenizer with so many ids.
+
+        Raises:
+            ConfigError: if `model.vocab_size` is less.
+        """
+        rows = self.model.vocab_size or ids
+        if rows < ids:
+            raise ConfigError(
+                f"model.vocab_size is {rows} but the tokenizer has {ids} ids; set "
+                "data.tokenizer_path to the model's own tokenizer, or model.vocab_size to null"
+            )
+        return rows
+
     def _check_ahead(self) -> None:
         ahead, factor = self.router.ahead, self.model.capacity.factor
         if ahead.is_on and not self.model.moe_layers():
@@ -334,6 +348,11 @@ class TrainConfig:
                 f"model.num_experts is {experts}, which parallel.expert "
                 f"({self.parallel.expert}) does not divide; every rank holds equally many experts"
             )
+        if self.model.clamped_experts and self.parallel.expert * self.parallel.expert_shard > 1:
+            raise ConfigError(
+                "model.clamped_experts is true, and such experts stay whole on each rank; set "
+                "parallel.expert=1 and parallel.expert_shard=1"
+            )
         width, shards = self.model.expert_width, self.parallel.expert_shard
         if experts and width % shards:
             possible = [n for n in divisors(width) if self.parallel.ranks % n == 0]
@@ -361,6 +380,12 @@ class TrainConfig:
     def _check_tensor(self) -> None:
         """Check what attention split over ranks asks of the other settings."""
         tensor, model = self.parallel.tensor, self.model
+        if not model.attention.plain:
+            raise ConfigError(
+                f"parallel.tensor is {tensor}, which splits plain heads only, and this model's "
+                "attention has biases, sinks, a norm over all heads or latents; set "
+                "parallel.tensor=1"
+            )
         for name, value in (
             ("model.heads", model.heads),
             ("model.kv_heads", model.kv_heads or model.heads),

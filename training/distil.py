@@ -106,7 +106,7 @@ def distil(
     for parameter in frozen:
         parameter.requires_grad_(True)
     path = _save(model, config, runtime, data, folder, meta=read_meta(teacher)["meta"])
-    counts = count_parameters(config.model, data.tokenizer.vocab_size, config.router)
+    counts = count_parameters(config.model, model.embedding.shape[0], config.router)
     return {
         "teacher": str(teacher),
         "checkpoint": str(path),
@@ -159,7 +159,7 @@ def _build(config: TrainConfig, teacher: Path, runtime: Runtime, data: PreparedD
     model = build_model(
         config.model,
         config.router,
-        vocab_size=data.tokenizer.vocab_size,
+        vocab_size=config.embedding_rows(data.tokenizer.vocab_size),
         group=runtime.groups.experts,
         device=runtime.device,
         dtype=torch.float32,

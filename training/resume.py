@@ -28,7 +28,13 @@ from gatewise.training.checkpointer import (
 )
 from gatewise.training.config import TrainConfig
 from gatewise.training.data import PreparedData
-from gatewise.training.state import Updater, rank_state, restore_rank_state, training_ranges
+from gatewise.training.state import (
+    OPTIMIZER,
+    Updater,
+    rank_state,
+    restore_rank_state,
+    training_ranges,
+)
 
 __all__ = ["Progress", "RunCheckpoints", "check_model", "check_tokenizer", "to_plain"]
 
@@ -74,6 +80,7 @@ class RunCheckpoints:
         self._config, self._runtime, self._data = config, runtime, data
         self._folder = folder / "checkpoints"
         self.resumed_from: str | None = None
+        self._origin: dict[str, Any] = {}  # what a model from elsewhere says of itself
         # sums of an unfinished logging window; empty after a resume on another number of ranks
         self.window: dict[str, Tensor] = {}
         self._saver = Checkpointer(
@@ -116,9 +123,14 @@ class RunCheckpoints:
         meta = read_meta(path)["meta"]
         check_tokenizer(path, meta, self._data)
         check_model(path, meta, self._config)
-        if meta["data"] != self._data.fingerprint and self._runtime.rank == 0:
+        other_data = meta["data"] not in (self._data.fingerprint, None)
+        if other_data and self._runtime.rank == 0:
             _log.warning("%s was trained on other data; it goes on with the data given", path)
-        load(path, training_ranges(model, updater), group=self._runtime.groups.checkpoint)
+        ranges = training_ranges(model, updater)
+        if meta.get("weights_only"):  # a model from elsewhere: the optimizer starts anew
+            ranges = {n: part for n, part in ranges.items() if not n.startswith(OPTIMIZER)}
+        load(path, ranges, group=self._runtime.groups.checkpoint)
+        self._origin = {"hf": meta["hf"]} if "hf" in meta else {}
         updater.updates = int(meta["updates"])
         updater.publish()
         own = read_rank_state(path, self._runtime.rank, world=self._runtime.world)
@@ -153,11 +165,12 @@ class RunCheckpoints:
             **dataclasses.asdict(progress),
             "updates": updater.updates,
             "config": to_plain(self._config),
-            "vocab_size": self._data.tokenizer.vocab_size,
+            "vocab_size": self._config.embedding_rows(self._data.tokenizer.vocab_size),
             "tokenizer": self._data.tokenizer.fingerprint,
             "data": self._data.fingerprint,
             "torch": torch.__version__,
             "time": time.time(),
+            **self._origin,
         }
         ranges = training_ranges(model, updater)
         try:

@@ -141,7 +141,7 @@ def _shape(config: TrainConfig) -> ModelShape:
         vocab=config.data.vocab_size,
         heads=model.heads,
         kv_heads=model.kv_heads or model.heads,
-        head_dim=model.hidden // model.heads,
+        head_dim=model.head_width(),
         experts=model.num_experts,
         top_k=model.top_k,
         expert_width=model.expert_width,

@@ -19,7 +19,16 @@ from gatewise.routers.weights import RouterWeights
 from gatewise.training.checkpoint_format import FlatRange
 from gatewise.training.optim import Held
 
-__all__ = ["Updater", "model_ranges", "rank_state", "restore_rank_state", "training_ranges"]
+__all__ = [
+    "OPTIMIZER",
+    "Updater",
+    "model_ranges",
+    "rank_state",
+    "restore_rank_state",
+    "training_ranges",
+]
+
+OPTIMIZER = ("adam_m/", "adam_v/")  # how the names of its state start
 
 
 class Updater(Protocol):

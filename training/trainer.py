@@ -133,7 +133,7 @@ class Trainer:
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
         groups = runtime.groups
-        vocab_size = data.tokenizer.vocab_size
+        vocab_size = config.embedding_rows(data.tokenizer.vocab_size)
         self.model: Decoder = build_model(
             config.model,
             config.router,

@@ -19,12 +19,13 @@ from gatewise.compression.pruning import (
     renormalises,
 )
 from gatewise.compression.thresholds import LayerThresholds, choose_rules, quantile
-from gatewise.moe.attention import Attention, KeyValueCache, rotary_tables
-from gatewise.moe.config import Activation
+from gatewise.moe.attention import Attention, KeyValueCache
+from gatewise.moe.config import Activation, ModelConfig
 from gatewise.moe.dispatch import LocalDispatcher
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.layer import MoELayer
+from gatewise.moe.rotary import rotary_tables
 from gatewise.parallel.errors import CheckpointError, ConfigError
 from gatewise.routers.api import Routing, RoutingContext
 from gatewise.routers.config import RouterConfig, ScoreFunction
@@ -206,7 +207,7 @@ def test_c30_the_median_drops_half_of_the_second_experts(count: int) -> None:
 
 def attention_of(heads: int, kv_heads: int) -> Attention:
     torch.manual_seed(4)
-    attention = Attention(16, heads, kv_heads, qk_norm=True, eps=1e-6)
+    attention = Attention(ModelConfig(hidden=16, heads=heads, kv_heads=kv_heads), 0)
     nn.init.normal_(attention.w_qkv, std=0.8)
     nn.init.normal_(attention.w_out)
     return attention

@@ -16,6 +16,9 @@ from gatewise.launch.bench_kernels import KernelBenchConfig
 from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.bench_schedule import ScheduleBenchConfig
 from gatewise.launch.cli import COMMANDS
+from gatewise.launch.convert_gguf import ConvertGgufConfig
+from gatewise.launch.convert_in import ConvertInConfig
+from gatewise.launch.convert_out import ConvertOutConfig
 from gatewise.launch.dashboard import DashboardConfig, without_push
 from gatewise.launch.doctor import DoctorConfig, without_build
 from gatewise.launch.export import ExportConfig
@@ -91,7 +94,7 @@ def parse(command: str) -> None:
     name, rest = words[0], words[1:]
     if name == "COMMAND":  # of `gatewise COMMAND --help`
         return
-    if name == "bench":
+    if name in ("bench", "convert"):
         name, rest = " ".join(words[:2]), words[2:]
     assert name.partition(" ")[0] in COMMANDS, command
     rest = [word for word in rest if word != "--help"]
@@ -118,6 +121,9 @@ def parse(command: str) -> None:
         schemas = {
             "generate": GenerateConfig,
             "compress": CompressConfig,
+            "convert from_gguf": ConvertGgufConfig,
+            "convert from_hf": ConvertInConfig,
+            "convert to_hf": ConvertOutConfig,
             "bench kernels": KernelBenchConfig,
             "export": ExportConfig,
             "bench layer": LayerBenchConfig,

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from small_models import small_model
 from torch import Tensor
 
-from gatewise.moe.attention import Attention, KeyValueCache, RMSNorm, rotary_tables
+from gatewise.moe.attention import Attention, KeyValueCache, RMSNorm
 from gatewise.moe.config import Activation, ModelConfig, count_parameters
 from gatewise.moe.model import Decoder, parameter_specs, set_precision
+from gatewise.moe.rotary import rotary_tables
 from gatewise.routers.api import RoutingContext
 from gatewise.routers.config import RouterConfig
 
@@ -143,7 +144,8 @@ def turn(x_SW: Tensor) -> Tensor:
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_attention_is_the_slow_one(heads: int, kv_heads: int, qk_norm: bool) -> None:
     torch.manual_seed(0)
-    layer = Attention(16, heads, kv_heads, qk_norm=qk_norm, eps=1e-6)
+    sizes = ModelConfig(hidden=16, heads=heads, kv_heads=kv_heads, qk_norm=qk_norm)
+    layer = Attention(sizes, 0)
     for parameter in layer.parameters():
         parameter.data.uniform_(-1, 1)
     x_BSD = torch.randn(2, 5, 16)

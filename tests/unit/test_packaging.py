@@ -20,6 +20,7 @@ OPTIONAL = (
     "megatron",
     "transformers",
     "datasets",
+    "gguf",
     "plotly",
     "apex",
     "ninja",

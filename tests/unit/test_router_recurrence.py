@@ -161,7 +161,7 @@ def test_t13_blocks_in_two_pieces_with_the_state_handed_over_give_the_same_bits(
     """What pipeline stages do: the payload between them is (x, state)."""
     model, ids_BS = decoder("rmoe", layers=4, dense=dense), token_ids()
     whole = model(ids_BS)
-    from gatewise.moe.attention import rotary_tables
+    from gatewise.moe.rotary import rotary_tables
 
     rotary = rotary_tables(8, D // 2, model.config.rope_base, start=0, device=ids_BS.device)
     context = RoutingContext(token_ids=ids_BS.flatten(), sequences=2)
