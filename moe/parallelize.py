@@ -80,7 +80,7 @@ def apply_tensor_parallel(model: Decoder, group: Group) -> None:
     model.split = SequenceSplit(group)
     for block in model.blocks:
         assert isinstance(block, Block)
-        with torch.device(block.attention.w_qkv.device):
+        with torch.device(block.norm_attention.gain.device):
             block.attention = Attention(config, block.layer, split=model.split)
         if isinstance(block.feed_forward, MoELayer):
             block.feed_forward.split = model.split

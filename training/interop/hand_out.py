@@ -191,8 +191,8 @@ def _config_record(
 def _is_same(came: Mapping[str, Any], model: ModelConfig, config: TrainConfig) -> bool:
     """Tell whether the settings that the model came with still are its settings."""
     _, before, router = read_config(came, "the checkpoint's source")
-    free = {"capacity": model.capacity, "vocab_size": model.vocab_size}
-    return replace(before, **free) == model and (
+    before = replace(before, capacity=model.capacity, vocab_size=model.vocab_size)
+    return before == model and (
         not model.num_experts or replace(router, ahead=config.router.ahead) == config.router
     )
 

@@ -59,10 +59,11 @@ class FolderSource:
                 f"source is {path}, which is no folder; give one with config.json"
             )
         self.config: dict[str, Any] = read_json_file(path / "config.json")
-        self.tensors: dict[str, StoredTensor] = {}
         named = self._named_files()
+        found: dict[str, StoredTensor] = {}
         for file in sorted(set(named.values())):
-            self.tensors |= _read_header(path / file)
+            found |= _read_header(path / file)
+        self.tensors: Mapping[str, StoredTensor] = found
         lost = sorted(name for name, file in named.items() if self._file_of(name) != file)
         lost += sorted(name for name in self.tensors if name not in named and len(named))
         if lost and (path / INDEX).exists():
