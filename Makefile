@@ -48,11 +48,14 @@ $(VENV)/.dev: $(VENV)/.core
 
 install: $(VENV)/.dev
 
-# The last line is the path of the training's result.
+# With the extra `report` (`make install` has it) also report.html. The last line is the path of the
+# training's result.
 quickstart: $(VENV)/.core
 	@$(BIN)/gatewise train experiment=quickstart run.dir='$(RUN)' $(ARGS)
 	@$(BIN)/gatewise generate checkpoint='$(RUN)' prompt='$(PROMPT)' tokens=200 run.dir='$(RUN)/sample'
 	@$(BIN)/gatewise compress checkpoint='$(RUN)' bits=2.5 run.dir='$(RUN)/2.5_bits'
+	@! $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("plotly"))' || \
+	  $(BIN)/gatewise report '$(RUN)' run.dir='$(RUN)/report'
 	@echo '$(abspath $(RUN))/result.json'
 
 lint: $(VENV)/.dev

@@ -374,5 +374,7 @@ def _number(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}".rstrip("0").rstrip(".")
+        digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 4
+        text = f"{value:,.{digits}f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
     return f"{value:,}" if isinstance(value, int) else str(value)

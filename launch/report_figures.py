@@ -77,7 +77,8 @@ def curve(
     layout = base_layout(title, x_title, unit)
     if log:
         _use_log(layout, traces)
-    layout["showlegend"] = len(runs) > 1
+    if len(runs) == 1:
+        layout["showlegend"], layout["margin"]["t"] = False, 50
     if not over_tokens:
         _mark_restarts(layout, runs)
     return Figure(title, traces, layout, "; ".join(ends) + ".")
@@ -287,7 +288,7 @@ def base_layout(title: str, x_title: str, y_title: str, *, height: int = 350) ->
         "plot_bgcolor": "#fcfcfa",
         "margin": {"l": 70, "r": 24, "t": 76, "b": 60},
         "xaxis": {**axis, "title": {"text": x_title}},
-        "yaxis": {**axis, "title": {"text": y_title}},
+        "yaxis": {**axis, "title": {"text": y_title, "standoff": 14}},
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"},
         "hovermode": "closest",
     }
@@ -335,7 +336,7 @@ def _mark_restarts(layout: dict[str, Any], runs: Sequence[StoredRun]) -> None:
                     "y": 0.98,
                     "yanchor": "top",
                     "xanchor": "left",
-                    "text": "restart" if len(runs) == 1 else f"restart of {run.name}",
+                    "text": " restart" if len(runs) == 1 else f" restart of {run.name}",
                     "showarrow": False,
                     "font": {"size": 11, "color": "#555555"},
                 }

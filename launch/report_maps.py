@@ -46,12 +46,12 @@ def load_over_time(run: StoredRun) -> Figure | None:
     title = "Load of each expert"
     layout = base_layout(title, "expert", "", height=max(260, 130 + 34 * min(layers, 24)))
     layout["margin"]["t"] = 50
-    layout["yaxis"] |= {"autorange": "reversed", "title": {"text": "MoE layer"}}
+    layout["yaxis"] |= {"autorange": "reversed", "title": {"text": "MoE layer", "standoff": 14}}
     layout["xaxis"] |= {"dtick": max(1, experts // 16), "zeroline": False}
     ratios = [value for row in last for value in row]
     words = (
         f"At step {step} the fullest expert takes {max(ratios):.2f} times its layer's mean, the "
-        f"emptiest {min(ratios):.2f}; 1 is balance, 0 a dead expert. The slider below goes through "
+        f"emptiest {min(ratios):.2f}; 1 is balance, 0 a dead expert. The slider goes through "
         f"{len(kept)} records, each of the steps since the one before."
     )
     frames = [(f"step {number}", load) for number, load in kept]
@@ -84,7 +84,7 @@ def violation_map(run: StoredRun) -> Figure | None:
     title = "Imbalance of each layer over the steps"
     layout = base_layout(title, "step", "", height=max(240, 130 + 26 * min(len(rows), 24)))
     layout["margin"]["t"] = 50
-    layout["yaxis"] |= {"autorange": "reversed", "title": {"text": "MoE layer"}}
+    layout["yaxis"] |= {"autorange": "reversed", "title": {"text": "MoE layer", "standoff": 14}}
     last = [row[-1] for row in rows]
     worst = max(range(len(last)), key=last.__getitem__)
     words = (
@@ -125,7 +125,7 @@ def timeline(run: StoredRun) -> Figure | None:
     layout = base_layout(title, "ms since the step began", "", height=150 + 40 * len(tracks))
     layout |= {"barmode": "overlay", "bargap": 0.25}
     layout["yaxis"] |= {
-        "title": {"text": "rank and lane"},
+        "title": {"text": "rank and lane", "standoff": 14},
         "categoryorder": "array",
         "categoryarray": tracks[::-1],
     }
@@ -211,7 +211,7 @@ def compression_widths(one: Compression) -> Figure | None:
     title = f"Bits of each matrix, {one.name}"
     layout = base_layout(title, "matrix of the layer's experts", "", height=130 + 34 * len(rows))
     layout["margin"]["t"] = 50
-    layout["yaxis"] |= {"autorange": "reversed", "title": {"text": "layer"}}
+    layout["yaxis"] |= {"autorange": "reversed", "title": {"text": "layer", "standoff": 14}}
     counts = ", ".join(f"{sum(row.count(width) for row in rows)} at {width:g}" for width in widths)
     words = f"Matrices by width in bits: {counts}."
     return Figure(title, [trace], layout, words, is_wide=len(rows[0]) > 24)

@@ -44,7 +44,8 @@ def gatewise(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    without_key = {"WANDB_API_KEY": "", "NETRC": "/nonexistent"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **without_key}
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -250,7 +251,7 @@ def test_a_killed_rank_ends_the_run_by_name_and_the_run_goes_on_later(
     ("overrides", "words"),
     [
         (["data.path=/nonexistent"], "/nonexistent"),
-        (["wandb.mode=offline"], "pip install"),
+        (["wandb.mode=online"], "wandb.mode is online but"),
         (["checkpoint.load=/nonexistent"], "/nonexistent"),
         (["run.dir=/proc/nowhere"], "run.dir leads to /proc/nowhere"),
     ],
