@@ -95,7 +95,8 @@ class DataConfig:
 
     path: str | None = None  # file, folder, glob, .gz, .jsonl, Megatron prefix; None: stdlib
     blend: str | None = None  # "weight prefix weight prefix ..." of Megatron token files
-    hf: str | None = None  # name of a Hugging Face dataset, where the network allows
+    hf: str | None = None  # a Hugging Face dataset: owner/name[:configuration], or a local folder
+    hf_rows: int | None = None  # of data.hf, at most so many rows for training; None: all
     text_key: str = "text"  # field of a .jsonl line or dataset row
     tokenizer: Tokenizer = Tokenizer.bytes
     vocab_size: int = 4096  # of a BPE; bytes have 257 (256 and end of text)
@@ -113,6 +114,8 @@ class DataConfig:
             raise ConfigError(
                 f"data.validation_every is {self.validation_every}; it must be at least 2"
             )
+        if self.hf_rows is not None and self.hf_rows < 1:
+            raise ConfigError(f"data.hf_rows is {self.hf_rows}; it must be at least 1 or null")
         if self.tokenizer is Tokenizer.bpe and not 257 <= self.vocab_size <= 65536:
             raise ConfigError(
                 f"data.vocab_size is {self.vocab_size}; a BPE needs from 257 (all bytes and "

@@ -16,10 +16,10 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gatewise.parallel.errors import ConfigError, DataError
+from gatewise.parallel.errors import DataError
 from gatewise.training.config import DataConfig
+from gatewise.training.hf_rows import open_rows
 from gatewise.training.text_files import (
     TextFile,
     check_text_file,
@@ -73,7 +73,7 @@ def find_corpus(config: DataConfig) -> Corpus:
 
     Raises:
         DataError: if there is nothing to read, or it is not text.
-        ConfigError: if `data.hf` is set and `datasets` is not installed.
+        ConfigError: if `data.hf` is set and `datasets` is not installed, or too old.
     """
     if config.hf is not None:
         return _dataset_corpus(config)
@@ -232,50 +232,17 @@ def _is_validation(index: int, config: DataConfig) -> bool:
 
 
 def _dataset_corpus(config: DataConfig) -> Corpus:
-    """Read rows of a Hugging Face dataset, `owner/name` or `owner/name:configuration`."""
-    assert config.hf is not None
-    splits = _load_dataset(config.hf)
-    if "train" not in splits:
-        raise DataError(
-            f"data.hf={config.hf} has no split named train; it has: {', '.join(splits)}"
-        )
-    rows, held_out = splits["train"], splits.get("validation")
-    if config.text_key not in rows.column_names:
-        raise DataError(
-            f"data.hf={config.hf} has no column data.text_key={config.text_key}; "
-            f"it has: {', '.join(rows.column_names)}; set data.text_key to one of them"
-        )
+    """Read rows of a Hugging Face dataset."""
+    train, held_out = open_rows(config)
 
     def documents() -> Iterator[Document]:
-        texts = (row[config.text_key] for row in rows)
-        for index, text in enumerate(text for text in texts if text):
+        for index, text in enumerate(train()):
             yield Document(text, held_out is None and _is_validation(index, config))
-        for row in held_out if held_out is not None else ():
-            if row[config.text_key]:
-                yield Document(row[config.text_key], is_validation=True)
+        for text in held_out() if held_out is not None else ():
+            yield Document(text, is_validation=True)
 
     fingerprint = _hash(f"{doc.is_validation} {doc.text}" for doc in documents())
     return Corpus(f"data.hf={config.hf}", fingerprint, documents)
-
-
-def _load_dataset(name: str) -> dict[str, Any]:  # Any: datasets has no types of its own here
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"data.hf is {name}, which needs the package datasets; "
-            "install it with: pip install datasets"
-        ) from error
-    path, _, configuration = name.partition(":")
-    try:
-        splits: dict[str, Any] = datasets.load_dataset(path, configuration or None)
-    except Exception as error:  # the library raises many kinds, most of them for no network
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"data.hf={name} cannot be loaded ({reason}); check the name and the network, "
-            "or use data.path"
-        ) from error
-    return splits
 
 
 def _hash(parts: Iterable[str]) -> str:

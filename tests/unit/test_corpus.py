@@ -1,9 +1,11 @@
 """Finding text, refusing what is no text, and the split into training and validation."""
 
 import gzip
+import importlib.metadata
 import json
 import logging
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -246,5 +248,34 @@ def test_rows_of_a_dataset_are_documents(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "set" / "validation.jsonl").write_text('{"text": "held out", "id": 9}')
     train, validation = _split(find_corpus(config))
     assert (len(train), validation) == (6, ["held out"])
+    few = DataConfig(hf=str(tmp_path / "set"), hf_rows=4)
+    assert _split(find_corpus(few))[0] == ["row 0", "row 1", "row 2", "row 3"]
     with pytest.raises(DataError, match=r"data\.hf=no/such cannot be loaded"):
         find_corpus(DataConfig(hf="no/such"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_dataset_is_the_same_text_from_any_kind_of_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = datasets.Dataset.from_dict({"text": ["a", "", "b", None, "c"], "n": [1, 2, 3, 4, 5]})
+    (tmp_path / "parquet").mkdir()
+    rows.to_parquet(str(tmp_path / "parquet" / "train.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    found = [
+        find_corpus(DataConfig(hf=str(tmp_path / kind), validation_every=2))
+        for kind in ("parquet", "saved")
+    ]
+    assert found[0].fingerprint == found[1].fingerprint
+    assert [_split(corpus) for corpus in found] == [(["a", "c"], ["b"])] * 2
+    with pytest.raises(DataError, match=r"row 1 has int under data\.text_key=n, not text"):
+        find_corpus(DataConfig(hf=str(tmp_path / "parquet"), text_key="n"))
+
+
+def test_a_dataset_of_an_old_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.18.3")
+    with pytest.raises(ConfigError, match=r"datasets is 1\.18\.3, which is too old"):
+        find_corpus(DataConfig(hf="a/b"))
