@@ -110,11 +110,20 @@ def prepare(
     config: TrainConfig,
     arguments: Sequence[str],
     path: Path,
+    folder: Path,
     *,
     code: Path | None,
 ) -> Script:
-    """Write what a job needs into `path/submit` and return the process that runs it here."""
-    folder = path / "submit"
+    """Write what a job needs into a folder and return the process that runs it here.
+
+    Args:
+        submit: who starts the ranks.
+        config: of the run.
+        arguments: of `gatewise train`, without run.dir.
+        path: of the run.
+        folder: for the script and the settings, below `path`.
+        code: folder of the snapshot.
+    """
     with writable(path):
         folder.mkdir(parents=True, exist_ok=True)
         (path / "logs").mkdir(exist_ok=True)

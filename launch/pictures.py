@@ -191,14 +191,17 @@ def lines(
     return "\n".join([*parts, "</svg>", ""])
 
 
-def scatter(title: str, series: Sequence[Series], *, x_label: str, y_label: str) -> str:
-    """Draw points with error bars, y on a logarithmic scale.
+def scatter(
+    title: str, series: Sequence[Series], *, x_label: str, y_label: str, is_log: bool = True
+) -> str:
+    """Draw points with error bars.
 
     Args:
         title: of the picture.
-        series: at least one point in all; y above 0.
+        series: at least one point in all.
         x_label: what x is.
         y_label: what y is.
+        is_log: whether y, then above 0, is on a logarithmic scale.
 
     Returns:
         The text of an SVG file.
@@ -209,18 +212,26 @@ def scatter(title: str, series: Sequence[Series], *, x_label: str, y_label: str)
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
     margin = 0.04 * (x_high - x_low) or 0.5
     x_low, x_high = x_low - margin, x_high + margin
-    y_low = math.log10(min(p[1] for p in points)) - 0.08
-    y_high = math.log10(max(p[1] + p[2] for p in points)) + 0.08
+    lowest, highest = min(p[1] for p in points), max(p[1] + p[2] for p in points)
+    if is_log:
+        y_low, y_high = math.log10(lowest) - 0.08, math.log10(highest) + 0.08
+        marks = _log_ticks(y_low, y_high)
+    else:
+        margin = 0.05 * (highest - lowest) or 0.5
+        y_low, y_high = lowest - margin, highest + margin
+        marks = _round_ticks(y_low, y_high)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        height = (max(math.log10(y), y_low) - y_low) / (y_high - y_low) if y > 0 else 0.0
+        if is_log:
+            y = math.log10(y) if y > 0 else y_low
+        height = (max(y, y_low) - y_low) / (y_high - y_low)
         return left + span * (x - x_low) / (x_high - x_low), bottom - tall * height
 
     label = max(len(one.label) for one in series)
     width = left + span + 50 + round(_LETTER * label)
     width = max(width, 40 + round(_TITLE * len(title)))
     parts = _open(title, width, bottom + 56)
-    for value in _log_ticks(y_low, y_high):
+    for value in marks:
         _, y = place(x_low, value)
         parts += [
             f'<path d="M{left},{y:.1f}h{span}" stroke="#e3e3e0"/>',
@@ -346,3 +357,10 @@ def _ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     return [round(low + i * step, 10) for i in range(math.floor((high - low) / step + 1e-9) + 1)]
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    """Return about five multiples of a round number within [low, high]."""
+    step = _ticks(0.0, high - low)[1]
+    first = math.ceil(low / step)
+    return [round(step * (first + i), 10) for i in range(math.floor(high / step) - first + 1)]

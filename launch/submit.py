@@ -4,6 +4,7 @@ The settings are checked here, before anything starts; a batch script of `templa
 `sweep.py` has the points of `-m`.
 """
 
+import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,19 +90,32 @@ def run(arguments: Sequence[str]) -> int:
         return EXIT_OK
     if request.submit.launcher is Launcher.slurm:
         check_slurm()
-    folder = RunFolder.choose(config.run.dir, config.name)
-    try:
-        check_free(folder.path)
-        own = RunFolder.choose(str(folder.path / "submit"), "submit")
-    finally:
-        folder.release()  # the job takes it
+    path, own = _choose_folders(request.submit, config)
     return run_session(
         "submit",
         own,
-        lambda: _submit(request.submit, config, overrides, folder.path, own),
+        lambda: _submit(request.submit, config, overrides, path, own),
         world_size=config.parallel.ranks,
         interrupt_exit=EXIT_REQUEUE,
     )
+
+
+def _choose_folders(submit: SubmitConfig, config: TrainConfig) -> tuple[Path, RunFolder]:
+    """Return the run's folder, which the job is to take, and the folder of this command in it."""
+    if submit.launcher is Launcher.torchrun and submit.nodes > 1:
+        if config.run.dir is None:
+            raise ConfigError(
+                f"submit.nodes is {submit.nodes} but run.dir is not set; give one that all nodes "
+                "see, the same on each"
+            )
+        path = Path(config.run.dir).expanduser().absolute()  # another node may be using it already
+        return path, RunFolder.choose(str(path / "submit" / platform.node()), "submit")
+    folder = RunFolder.choose(config.run.dir, config.name)
+    try:
+        check_free(folder.path)
+        return folder.path, RunFolder.choose(str(folder.path / "submit"), "submit")
+    finally:
+        folder.release()
 
 
 def _submit(
@@ -112,7 +126,7 @@ def _submit(
     own: RunFolder,
 ) -> Mapping[str, Any]:
     code = take_snapshot(path / "code") if submit.snapshot else None
-    script = prepare(submit, config, arguments, path, code=code)
+    script = prepare(submit, config, arguments, path, own.path, code=code)
     own.write_environment(["submit", *sys.argv[2:]])
     print(f"gatewise submit: {config.name} -> {shlex.quote(str(path))}", flush=True)
     about = {"script": str(own.path / "job.sh"), "run_dir": str(path), "code": code}

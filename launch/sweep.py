@@ -1,85 +1,58 @@
-"""The points of `gatewise submit -m`: expanded by Hydra's grid sweeper, each a job of its own.
+"""`gatewise submit -m`: every point a job of its own, and a summary at the end.
 
-A point's folder is named after its values, so the same command finds it again, also after the grid
-has grown: what has finished with the same settings is left out, the rest goes on.
+What has finished with the same settings is left out, the rest starts or goes on. Read `points.py`
+first.
 """
 
-import hashlib
 import os
-import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
 from gatewise.conf.compose import config_from_yaml
 from gatewise.launch.job_script import ARGUMENTS_FILE, Job, passed_variables, render
 from gatewise.launch.jobs import (
     Request,
-    layout,
     note_job,
     noted_job,
     prepare,
     read_json,
     script_for,
 )
+from gatewise.launch.points import Combination, Point, check_point, expand, label, make_point
 from gatewise.launch.run_folder import RunFolder, writable
 from gatewise.launch.script_runner import run_scripts
 from gatewise.launch.session import EXIT_CRASH, EXIT_OK, EXIT_REQUEUE, run_session
 from gatewise.launch.slurm import check_slurm, queue_script, queued_tasks, wait_for
 from gatewise.launch.snapshot import take_snapshot
-from gatewise.launch.submit_config import Launcher
+from gatewise.launch.submit_config import Launcher, SubmitConfig
 from gatewise.parallel.errors import ConfigError
-from gatewise.training.config import TrainConfig
 
-__all__ = ["Point", "expand", "run_sweep"]
-
-_LONGEST = 120  # characters of a folder's name
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One combination of the swept values."""
-
-    values: Mapping[str, str]  # what is swept, in the order of the command line
-    config: TrainConfig
-    arguments: Sequence[str]  # of `gatewise train`, without run.dir
-    path: Path
-
-    @property
-    def label(self) -> str:
-        """Return the point as it is written on the command line."""
-        return _label(self.values)
+__all__ = ["run_sweep"]
 
 
 def run_sweep(request: Request) -> int:
     """Run, queue or collect a sweep and return the exit code."""
     submit = request.submit
+    if submit.launcher is Launcher.torchrun and submit.nodes > 1:
+        raise ConfigError(
+            f"submit.nodes is {submit.nodes}, but the points of a sweep run on one machine unless "
+            "submit.launcher=slurm; leave it out"
+        )
     grid = expand(request.overrides)
-    base = _first_config(request, grid)
+    base = check_point(submit, *grid[0])[0]  # with the folder and the name that all share
     if request.dry_run:
         path = Path(base.run.dir or f"runs/{base.name}_sweep/TIME").expanduser().absolute()
-        points = _make_points(request, grid, path)
-        for point in points:
-            print(f"# {point.label} -> {point.path}")
-        code = path / "code" / "HASH" if submit.snapshot else None
-        first = points[0]
-        if submit.launcher is Launcher.slurm:
-            print(_array_script(request, points, path, path / "submit" / "points", code), end="")
-        else:
-            print(script_for(submit, first.config, first.arguments, first.path, code=code), end="")
+        _show(request, _make_points(submit, grid, path), path)
         return EXIT_OK
     if submit.launcher is Launcher.slurm and not request.collect:
         check_slurm()
     folder = RunFolder.choose(base.run.dir, f"{base.name}_sweep")
     try:
-        points = _make_points(request, grid, folder.path)
+        points = _make_points(submit, grid, folder.path)
     except ConfigError:
         folder.release()
         raise
@@ -92,98 +65,21 @@ def run_sweep(request: Request) -> int:
     )
 
 
-def expand(overrides: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
-    """Return the swept values and all arguments of each point.
-
-    Arguments without a sweep are left as they stand; those with one follow Hydra's grammar.
-
-    Raises:
-        ConfigError: for a sweep that is not a grid's, or if nothing is swept.
-    """
-    parser = OverridesParser.create()
-    kept, swept = [], []
-    for text in overrides:
-        name, _, value = text.partition("=")
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            if re.search(r"[,(]", value):
-                line = str(error).strip().splitlines()[0]
-                raise ConfigError(
-                    f"{text!r} is no list of values to sweep ({line}); quote texts with commas, "
-                    f"as \"{name}='a,b'\""
-                ) from error
-            kept.append(text)
-            continue
-        if override.is_sweep_override():
-            swept.append(override)
-        else:
-            kept.append(text)
-    if not swept:
-        raise ConfigError(
-            "-m sweeps nothing: give a field several values, as optim.lr=1e-3,3e-3, or leave -m out"
-        )
-    try:
-        (grid,) = BasicSweeper.split_arguments(swept, None)
-    except HydraException as error:
-        raise ConfigError(
-            f"{' '.join(str(error).split())}; a grid takes lists and ranges"
-        ) from None
-    points = []
-    for texts in grid:
-        values = dict(text.split("=", 1) for text in texts)
-        points.append((values, [*kept, *texts]))
-    if len({tuple(values.items()) for values, _ in points}) < len(points):
-        raise ConfigError("the sweep names a point twice; give every value once")
-    return points
-
-
-def _first_config(
-    request: Request, grid: Sequence[tuple[dict[str, str], list[str]]]
-) -> TrainConfig:
-    """Compose the first point, for what all points share."""
-    values, overrides = grid[0]
-    if "run.dir" in values:
-        raise ConfigError("run.dir is swept; it is the folder of the whole sweep, give one")
-    try:
-        return layout(request.submit, overrides)[0]
-    except ConfigError as error:
-        raise ConfigError(f"point {_label(values)}: {error}") from error
-
-
-def _make_points(
-    request: Request, grid: Sequence[tuple[dict[str, str], list[str]]], folder: Path
-) -> list[Point]:
+def _make_points(submit: SubmitConfig, grid: Sequence[Combination], folder: Path) -> list[Point]:
     """Compose and check every point before any of them starts."""
-    points = []
-    for values, overrides in grid:
-        label = _label(values)
-        names = {text.lstrip("+").partition("=")[0] for text in overrides}
-        path = folder / _folder_name(label)
-        own = [f"run.dir={path}"]
-        if "name" not in names:
-            own.append(f"name={label}")
-        if "wandb.group" not in names:
-            own.append(f"wandb.group={folder.name}")
-        try:
-            config, arguments = layout(request.submit, [*overrides, *own])
-        except ConfigError as error:
-            raise ConfigError(f"point {label}: {error}") from error
-        points.append(Point(values, config, arguments, path))
-    return points
+    return [make_point(submit, values, overrides, folder) for values, overrides in grid]
 
 
-def _label(values: Mapping[str, str]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _folder_name(label: str) -> str:
-    """Return a name without what shells, sbatch and lists of mounts take apart."""
-    plain = re.sub(r"[^\w.=+-]+", "_", label.replace(" ", "__"))
-    if plain == label.replace(" ", "__") and len(plain) <= _LONGEST:
-        return plain
-    digest = hashlib.sha256(label.encode()).hexdigest()[:8]
-    return f"{plain[:_LONGEST]}_{digest}"
+def _show(request: Request, points: Sequence[Point], path: Path) -> None:
+    """Print the points, and the script of the array or of the first."""
+    submit, first = request.submit, points[0]
+    for point in points:
+        print(f"# {label(point.values)} -> {point.path}")
+    code = path / "code" / "HASH" if submit.snapshot else None
+    if submit.launcher is Launcher.slurm:
+        print(_array_script(request, points, path, path / "submit" / "points", code), end="")
+    else:
+        print(script_for(submit, first.config, first.arguments, first.path, code=code), end="")
 
 
 def _sweep(request: Request, points: Sequence[Point], folder: RunFolder) -> Mapping[str, Any]:
@@ -269,12 +165,14 @@ def _run_here(request: Request, points: Sequence[Point], code: Path | None) -> N
     submit = request.submit
     scripts = []
     for point in points:
-        script = prepare(submit, point.config, point.arguments, point.path, code=code)
+        script = prepare(
+            submit, point.config, point.arguments, point.path, point.path / "submit", code=code
+        )
         scripts.append(replace(script, output=point.path / "logs" / "submit.log"))
         (point.path / "submit" / "exit").unlink(missing_ok=True)
 
     def started(index: int) -> None:
-        print(f"  [{index + 1}/{len(points)}] {points[index].label}", flush=True)
+        print(f"  [{index + 1}/{len(points)}] {label(points[index].values)}", flush=True)
 
     def ended(index: int, status: int) -> None:
         point = points[index]
@@ -304,7 +202,9 @@ def _queue(
         text = _array_script(request, points, folder.path, file, code)
         script.write_text(text, encoding="utf-8")
         for point in points:
-            prepare(submit, point.config, point.arguments, point.path, code=code)
+            prepare(
+                submit, point.config, point.arguments, point.path, point.path / "submit", code=code
+            )
             lines = "".join(f"{text}\n" for text in point.arguments)
             (point.path / "submit" / ARGUMENTS_FILE).write_text(lines, encoding="utf-8")
     job = queue_script(script)

@@ -158,6 +158,7 @@ def _draw(rows: Sequence[PointResult], name: str) -> str | None:
         series[:_MOST_CURVES],
         x_label="step",
         y_label="training loss (nats per token)",
+        is_log=False,
     )
 
 

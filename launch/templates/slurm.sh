@@ -105,6 +105,7 @@ elif [ "$restart" -ge "$MAX_REQUEUES" ]; then
   say "saved; not requeued after $restart requeues"
 elif scontrol requeue "$SLURM_JOB_ID"; then
   say "saved; requeued"
+  trap 'exit 85' TERM
   sleep 300 # Slurm ends this script
 else
   say "saved; Slurm does not requeue the job, submit it again to go on"

@@ -56,7 +56,7 @@ while true; do # a signal interrupts wait
 done
 
 code=$(cat "$GATEWISE_OUTCOME" 2>/dev/null || echo none)
-rm -f "$GATEWISE_OUTCOME"
+[ "$NODES" -gt 1 ] || rm -f "$GATEWISE_OUTCOME" # the other nodes read it too
 case $code in
   0 | 2 | 85) exit "$code" ;; # done, a mistake, or saved: start again to go on
   *) exit "$status" ;;

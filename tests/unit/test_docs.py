@@ -25,9 +25,9 @@ from gatewise.launch.export import ExportConfig
 from gatewise.launch.generate import GenerateConfig
 from gatewise.launch.jobs import layout
 from gatewise.launch.plan import PlanConfig
+from gatewise.launch.points import expand
 from gatewise.launch.report import ReportConfig, split_runs
 from gatewise.launch.simulate import SimulateConfig
-from gatewise.launch.sweep import expand
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import EvaluationConfig, RunConfig, TrainConfig
 from gatewise.training.distil_config import DistilConfig

@@ -101,3 +101,12 @@ def test_points_rise_with_the_logarithm_of_their_value() -> None:
     assert heights[0] > heights[1] > heights[2]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
     assert any(node.text == "a & b" for node in root.iter(f"{SVG}text"))
+
+
+def test_a_linear_scale_has_round_marks_within_the_values() -> None:
+    series = [Series("a", [(1.0, 4.71, 0.0), (2.0, 5.0, 0.0), (3.0, 5.29, 0.0)])]
+    root = ET.fromstring(scatter("t", series, x_label="x", y_label="y", is_log=False))
+    heights = [float(circle.get("cy", "")) for circle in root.iter(f"{SVG}circle")]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
+    marks = [node.text for node in root.iter(f"{SVG}text") if node.get("x") == "76"]
+    assert marks == ["4.8", "5", "5.2"]

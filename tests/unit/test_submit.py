@@ -46,6 +46,8 @@ SLURM = ["submit.launcher=slurm", "submit.nodes=2"]
         (["submit.container=pyxis", "submit.image=x"], "pyxis needs submit.launcher=slurm"),
         (["submit.env=TOKEN=secret"], "names of variables without values"),
         (["submit.nodes=2"], "submit.head is not set"),
+        (["submit.nodes=2", "submit.head=a"], "run.dir is not set; give one that all nodes"),
+        (["-m", "seed=1,2", "submit.nodes=2", "submit.head=a"], "points of a sweep run on one"),
         (["submit.launcher=local", "submit.nodes=2"], "submit.launcher=local starts the ranks"),
         (["submit.parallel=2"], "one run has no points; add -m"),
         (["submit.ranks_per_node=3"], "parallel.ranks is 4, but submit.nodes x"),

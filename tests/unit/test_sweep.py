@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gatewise.launch.cli import main
-from gatewise.launch.sweep import expand
+from gatewise.launch.points import expand
 from gatewise.launch.sweep_report import PointResult, table, write_summary
 from gatewise.parallel.errors import ConfigError
 
