@@ -24,7 +24,7 @@ __all__ = ["BackwardPass"]
 
 
 class BackwardPass:
-    """One backward pass.
+    """One backward pass; after it `dx_TD` and `dweight_TK` are gradients.
 
     Args:
         job: the forward pass's.
@@ -54,8 +54,8 @@ class BackwardPass:
         self._transit = Transit(self._chunks)
         self._work: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}  # of each piece
         self._gradients = _WeightGradients(job, weights)
-        self._dweight_TK = torch.empty_like(weight_TK)
-        self._dx_TD = torch.empty_like(dy_TD) if len(self._chunks) > 1 else None
+        self.dweight_TK = torch.empty_like(weight_TK)
+        self.dx_TD = torch.empty_like(dy_TD) if len(self._chunks) > 1 else None
 
     def run(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """Run all stages by the plan.
@@ -64,8 +64,19 @@ class BackwardPass:
             The gradients of tokens, combine weights, and the experts' weights; None where nobody
             wants them or they are in the sinks.
         """
+        schedule, reduce, dispatcher = self._job.schedule, self._job.reduce, self._job.dispatcher
+        sends_slices = reduce is not None and bool(schedule.reduce_shares)
+        overlaps = sends_slices or (dispatcher.moves and len(self._chunks) > 1)
+        run_stages(schedule.runners[1], self.stages(), self._job, overlaps=overlaps)
+        if reduce is not None:
+            reduce.finish()
+        dx_TD = self.dx_TD if self._need_dx else None
+        return dx_TD, self.dweight_TK, *self.weight_gradients()
+
+    def stages(self) -> dict[str, StageFunction]:
+        """Return what each stage does with a chunk."""
         move, dispatcher = self._transit.move, self._job.dispatcher
-        functions: dict[str, StageFunction] = {
+        return {
             "combine_grad": self._combine_grad,
             "collect_grad": partial(move, dispatcher.send),
             "scatter_grad": partial(move, dispatcher.gather),
@@ -76,14 +87,13 @@ class BackwardPass:
             "order_grad": self._order_grad,
             "reduce_window": self._reduce_window,
         }
-        schedule, reduce = self._job.schedule, self._job.reduce
-        sends_slices = reduce is not None and bool(schedule.reduce_shares)
-        overlaps = sends_slices or (dispatcher.moves and len(self._chunks) > 1)
-        run_stages(schedule.runners[1], functions, self._job, overlaps=overlaps)
-        if reduce is not None:
-            reduce.finish()
-        dx_TD = self._dx_TD if self._need_dx else None
-        return dx_TD, self._dweight_TK, *self._gradients.finish()
+
+    def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the experts' weights once all stages have run.
+
+        None where they are in the sinks.
+        """
+        return self._gradients.finish()
 
     def _combine_grad(self, index: int) -> None:
         chunk = self._chunks[index]
@@ -92,7 +102,7 @@ class BackwardPass:
             y_ND = self._returned[index]
         else:
             y_ND = self._returned[0].index_select(0, returned_N)
-        dy_ND, self._dweight_TK[ticket.tokens] = combine_rows_backward(
+        dy_ND, self.dweight_TK[ticket.tokens] = combine_rows_backward(
             self._dy_TD[ticket.tokens],
             y_ND,
             ticket.order_N,
@@ -133,10 +143,10 @@ class BackwardPass:
             return
         ticket = self._chunks[index].ticket
         part_TD = gather_rows_backward(self._transit.take(index), ticket.inverse_TK)
-        if self._dx_TD is None:
-            self._dx_TD = part_TD
+        if self.dx_TD is None:
+            self.dx_TD = part_TD
         else:
-            self._dx_TD[ticket.tokens] = part_TD
+            self.dx_TD[ticket.tokens] = part_TD
 
     def _reduce_window(self, index: int) -> Handle | None:
         return None if self._job.reduce is None else self._job.reduce.send(index)

@@ -21,7 +21,7 @@ from gatewise.moe.forward import ForwardPass
 from gatewise.moe.job import Job
 from gatewise.moe.tickets import PassPieces, PassTickets
 
-__all__ = ["moe_compute"]
+__all__ = ["arithmetic_types", "moe_compute", "prepare_tickets"]
 
 
 def moe_compute(
@@ -45,19 +45,8 @@ def moe_compute(
         ValueError: if tokens and weights are of different dtypes.
         LaneError: if communication fails.
     """
-    kind = x_TD.device.type
-    if torch.is_autocast_enabled(kind):
-        small = torch.get_autocast_dtype(kind)
-        x_TD, w_in_eGD, w_out_eDF = (
-            tensor if tensor.dtype == torch.float64 else tensor.to(small)
-            for tensor in (x_TD, w_in_eGD, w_out_eDF)
-        )
-    if not x_TD.dtype == w_in_eGD.dtype == w_out_eDF.dtype:
-        raise ValueError(
-            f"the tokens are {x_TD.dtype} and the experts' weights {w_in_eGD.dtype} and "
-            f"{w_out_eDF.dtype}; cast one of them, or use torch.autocast"
-        )
-    tickets = job.tickets or _prepare(job)
+    x_TD, w_in_eGD, w_out_eDF = arithmetic_types(x_TD, w_in_eGD, w_out_eDF)
+    tickets = job.tickets or prepare_tickets(job)
     result: Tensor = _MoECompute.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
         x_TD, weight_TK, w_in_eGD, w_out_eDF, job, tickets
     )
@@ -109,7 +98,30 @@ class _MoECompute(torch.autograd.Function):
         return *backward.run(), None, None
 
 
-def _prepare(job: Job) -> PassTickets:
+def arithmetic_types(
+    x_TD: Tensor, w_in_eGD: Tensor, w_out_eDF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens and weights as autocast casts them.
+
+    Raises:
+        ValueError: if their types differ.
+    """
+    kind = x_TD.device.type
+    if torch.is_autocast_enabled(kind):
+        small = torch.get_autocast_dtype(kind)
+        x_TD, w_in_eGD, w_out_eDF = (
+            tensor if tensor.dtype == torch.float64 else tensor.to(small)
+            for tensor in (x_TD, w_in_eGD, w_out_eDF)
+        )
+    if not x_TD.dtype == w_in_eGD.dtype == w_out_eDF.dtype:
+        raise ValueError(
+            f"the tokens are {x_TD.dtype} and the experts' weights {w_in_eGD.dtype} and "
+            f"{w_out_eDF.dtype}; cast one of them, or use torch.autocast"
+        )
+    return x_TD, w_in_eGD, w_out_eDF
+
+
+def prepare_tickets(job: Job) -> PassTickets:
     """Exchange counts and make the tickets of the passes that there will be."""
     with record_function("moe.prepare"):
         pieces = PassPieces.of(job.schedule)

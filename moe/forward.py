@@ -23,9 +23,9 @@ __all__ = ["ForwardPass"]
 class ForwardPass:
     """One forward pass.
 
-    After `run`, `returned` holds the rows (N, D) that came back, of each chunk, or of all of them
-    side by side where the backward pass cuts otherwise; `received` holds, of each piece, the
-    experts' inputs (R, D) and what else they keep.
+    After `run`, `y_TD` is the output; `returned` holds the rows (N, D) that came back, of each
+    chunk, or of all of them side by side where the backward pass cuts otherwise; `received` holds,
+    of each piece, the experts' inputs (R, D) and what else they keep.
 
     Args:
         job: routing, dispatcher and plans.
@@ -45,7 +45,7 @@ class ForwardPass:
     ) -> None:
         self._job, self._chunks = job, tickets.forward
         self._x_TD, self._weight_TK, self._weights = x_TD, weight_TK, weights
-        self._y_TD = torch.empty_like(x_TD) if len(self._chunks) > 1 else None
+        self.y_TD = torch.empty_like(x_TD) if len(self._chunks) > 1 else None
         self._transit = Transit(self._chunks)
         self.received: list[tuple[Tensor, ...]] = [()] * tickets.pieces
         self.returned: list[Tensor] = [x_TD] * len(self._chunks)  # each is replaced
@@ -58,8 +58,16 @@ class ForwardPass:
 
     def run(self) -> Tensor:
         """Run all stages by the plan and return the output (T, D)."""
+        runner = self._job.schedule.runners[0]
+        overlaps = self._job.dispatcher.moves and len(self._chunks) > 1
+        run_stages(runner, self.stages(), self._job, overlaps=overlaps)
+        assert self.y_TD is not None
+        return self.y_TD
+
+    def stages(self) -> dict[str, StageFunction]:
+        """Return what each stage does with a chunk."""
         move, dispatcher = self._transit.move, self._job.dispatcher
-        functions: dict[str, StageFunction] = {
+        return {
             "order": self._order,
             "dispatch": partial(move, dispatcher.send),
             "gather": partial(move, dispatcher.gather),
@@ -68,11 +76,6 @@ class ForwardPass:
             "collect": partial(move, dispatcher.give_back),
             "combine": self._combine,
         }
-        runner = self._job.schedule.runners[0]
-        overlaps = dispatcher.moves and len(self._chunks) > 1
-        run_stages(runner, functions, self._job, overlaps=overlaps)
-        assert self._y_TD is not None
-        return self._y_TD
 
     def _order(self, index: int) -> None:
         ticket = self._chunks[index].ticket
@@ -102,7 +105,7 @@ class ForwardPass:
         else:
             self.returned[index] = y_ND
         part_TD = combine_rows(y_ND, ticket.inverse_TK, self._weight_TK[ticket.tokens])
-        if self._y_TD is None:
-            self._y_TD = part_TD
+        if self.y_TD is None:
+            self.y_TD = part_TD
         else:
-            self._y_TD[ticket.tokens] = part_TD
+            self.y_TD[ticket.tokens] = part_TD

@@ -107,9 +107,37 @@ class MoELayer(nn.Module):
         Padding gives zeros: it is not sent to experts, and whatever it holds stays out of all
         gradients. Tickets made ahead (`plan_ahead.py`) spare the exchange of counts.
         """
+        if context.padding_T is not None:
+            x_TD = x_TD.masked_fill(context.padding_T.unsqueeze(1), 0.0)
+        drops = self.capacity.factor is not None and self.training
+        if self.prune is not None:
+            tickets = None  # made ahead, they would send what is dropped
+        assert tickets is None or not drops  # dropping is decided here, after the tickets
+        routing, context, may_drop = self.decide(x_TD, context, layer)
+        if routing.slots is not None:
+            y_TD = self._compute_slots(x_TD, routing.slots, layer)
+        else:
+            y_TD = self._compute(
+                x_TD,
+                routing.weight_TK,
+                routing.expert_TK,
+                may_drop=may_drop,
+                layer=layer,
+                tickets=tickets,
+            )
+        return self._add_shared(x_TD, y_TD), routing, context
+
+    def decide(
+        self, x_TD: Tensor, context: RoutingContext, layer: int
+    ) -> tuple[Routing, RoutingContext, bool]:
+        """Return the routing, the context for the next layer, and whether pairs may be dropped.
+
+        Args:
+            x_TD: tokens; padding is zero.
+            context: what the router is told.
+            layer: index in the model.
+        """
         padding_T = context.padding_T
-        if padding_T is not None:
-            x_TD = x_TD.masked_fill(padding_T.unsqueeze(1), 0.0)
         if self.reads_columns:
             columns = self.columns(self.experts, self.expert_gradient_scale)
             routing, context = self._route(x_TD, replace(context, columns=columns), layer)
@@ -117,13 +145,10 @@ class MoELayer(nn.Module):
         else:
             routing, context = self._route(x_TD, context, layer)
         if routing.slots is not None:
-            y_TD = self._compute_slots(x_TD, routing.slots, layer)
-            return self._add_shared(x_TD, y_TD), routing, context
+            return routing, context, False
         if self.prune is not None:
             routing = self.prune(x_TD, routing, context)
-            tickets = None  # made ahead, they would send what is dropped
         drops = self.capacity.factor is not None and self.training
-        assert tickets is None or not drops  # dropping is decided here, after the tickets
         if drops:
             asked_TK = routing.expert_TK
             routing = apply_capacity(
@@ -144,15 +169,7 @@ class MoELayer(nn.Module):
         if padding_T is not None:
             unpadded_TK = torch.where(padding_T.unsqueeze(1), -1, routing.expert_TK)
             routing = replace(routing, expert_TK=unpadded_TK)
-        y_TD = self._compute(
-            x_TD,
-            routing.weight_TK,
-            routing.expert_TK,
-            may_drop=drops or padding_T is not None or routing.variable,
-            layer=layer,
-            tickets=tickets,
-        )
-        return self._add_shared(x_TD, y_TD), routing, context
+        return routing, context, drops or padding_T is not None or routing.variable
 
     def _route(
         self, x_TD: Tensor, context: RoutingContext, layer: int
@@ -160,6 +177,30 @@ class MoELayer(nn.Module):
         if self.split.parts > 1 and self.looks_at_sequences:
             return route_whole(self.router, x_TD, context, layer, self.split)
         return self.router(x_TD, context, layer)
+
+    def job(
+        self,
+        expert_TK: Tensor,
+        *,
+        may_drop: bool,
+        layer: int,
+        tickets: PassTickets | None = None,
+    ) -> Job:
+        """Return what one computation of this layer's experts needs beside tokens and weights."""
+        return Job(
+            expert_TK,
+            may_drop,
+            self.experts.activation,
+            self.dispatcher,
+            self.schedule,
+            self.experts.sinks,
+            self.expert_gradient_scale,
+            self.experts.memory,
+            tickets,
+            layer,
+            self.execution,
+            self.gradient_slices,
+        )
 
     def _compute(
         self,
@@ -175,20 +216,7 @@ class MoELayer(nn.Module):
             return self.packed(x_TD, expert_TK, weight_TK)  # type: ignore[no-any-return]  # a module
         if self.experts.bias_in_eG is not None:
             return clamped_experts(x_TD, expert_TK, weight_TK, self.experts)
-        job = Job(
-            expert_TK,
-            may_drop,
-            self.experts.activation,
-            self.dispatcher,
-            self.schedule,
-            self.experts.sinks,
-            self.expert_gradient_scale,
-            self.experts.memory,
-            tickets,
-            layer,
-            self.execution,
-            self.gradient_slices,
-        )
+        job = self.job(expert_TK, may_drop=may_drop, layer=layer, tickets=tickets)
         return moe_compute(x_TD, weight_TK, self.experts.w_in_eGD, self.experts.w_out_eDF, job)
 
     def _compute_slots(self, x_TD: Tensor, mix: SlotMix, layer: int) -> Tensor:

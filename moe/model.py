@@ -279,14 +279,7 @@ class Decoder(nn.Module):
             noise=self._own_noise(context),
             measures=context.measures and cache is None,  # generation asks for no measures
         )
-        rotary = rotary_tables(
-            positions,
-            self.config.rope_width(),
-            self.config.rope_base,
-            start=cache.length if cache else 0,
-            device=token_BS.device,
-            scaling=self.config.rope,
-        )
+        rotary = self.rotary(positions, start=cache.length if cache else 0, device=token_BS.device)
         x_BSD = F.embedding(own_BS, self.embedding)
         routings: list[Routing] = []
         for place, block in enumerate(self.blocks):
@@ -308,6 +301,19 @@ class Decoder(nn.Module):
                 routings, plan.route, self.router_config.ahead, padding_T=context.padding_T
             )
         return DecoderOutput(self.norm_final(x_BSD), tuple(routings))
+
+    def rotary(
+        self, positions: int, *, start: int = 0, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rotary tables of positions from `start`."""
+        return rotary_tables(
+            positions,
+            self.config.rope_width(),
+            self.config.rope_base,
+            start=start,
+            device=device,
+            scaling=self.config.rope,
+        )
 
     def _own_padding(self, context: RoutingContext, token_BS: Tensor) -> Tensor | None:
         if context.padding_T is None or self.split.parts == 1:

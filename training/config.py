@@ -332,12 +332,38 @@ class TrainConfig:
             )
         tensor = self.parallel.tensor
         share = max(1, self.batch.sequences * tensor // self.parallel.ranks)
+        if policy == "whole_block":
+            self._check_parts(self.batch.micro or share)
+            return
         tokens = (self.batch.micro or share) * self.data.sequence_length // tensor
         for name, chunks in zip(("forward", "backward"), self.schedule.chunks, strict=True):
             if chunks > tokens:
                 raise ConfigError(
                     f"schedule.chunks_{name} is {chunks}, more than the {tokens} tokens of a "
                     f"rank's micro-batch; choose from 1 to {tokens}"
+                )
+
+    def _check_parts(self, sequences: int) -> None:
+        parts = self.schedule.parts
+        if sequences % parts:
+            raise ConfigError(
+                f"schedule.chunks_forward is {parts}, which does not divide the {sequences} "
+                "sequences of a rank's micro-batch; schedule.policy=whole_block cuts between "
+                f"sequences: choose from {divisors(sequences)}"
+            )
+        lacks = {
+            "recompute": self.recompute,
+            "parallel.tensor above 1": self.parallel.tensor > 1,
+            "parallel.dispatch other than direct": self.parallel.dispatch != "direct",
+            "router.ahead.kind": self.router.ahead.is_on,
+            "model.clamped_experts": self.model.clamped_experts,
+            "router.selector=soft": self.router.selector is Selector.soft,
+        }
+        for name, asked in lacks.items():
+            if asked:
+                raise ConfigError(
+                    f"schedule.policy is whole_block, which cannot have {name}; leave that out, "
+                    "or choose a policy of one layer, as fsmoe"
                 )
 
     def _check_layout(self) -> None:

@@ -33,8 +33,11 @@ class TrainingSchedule:
     predicted: Mapping[str, Timeline]  # of one layer's "forward" and "backward"; empty: unknown
     window_bytes: float = 0.0  # of gradients, summed within each layer's backward pass
     note: str = ""
+    parts: int = 1  # of a micro-batch, side by side
 
     def __str__(self) -> str:
+        if self.parts > 1:
+            return f"{self.policy}, {self.parts} parts of a micro-batch side by side"
         forward, backward = self.schedule.forward.chunks, self.schedule.backward.chunks
         text = f"{self.policy}, {forward} chunks forward, {backward} backward"
         return f"{text} ({self.note})" if self.note else text
@@ -71,6 +74,9 @@ def plan_schedule(
         number_bytes: of one number that travels.
     """
     asked = config.schedule
+    if asked.parts > 1:
+        serial = Schedule.serial(is_sharded=config.parallel.expert_shard > 1)
+        return TrainingSchedule(asked.policy, serial, {}, parts=asked.parts)
     if profile is None:
         schedule = stated_schedule(
             asked.policy, *asked.chunks, is_sharded=config.parallel.expert_shard > 1

@@ -7,8 +7,8 @@ from gatewise.parallel.errors import ConfigError
 
 __all__ = ["POLICIES", "ScheduleConfig"]
 
-# policies that plan within one layer; those that look beyond one are for `gatewise plan`
-POLICIES = ("auto", "serial", *STATED_POLICIES, "search")
+# policies within one layer, and whole_block, which sends parts of a micro-batch side by side
+POLICIES = ("auto", "serial", *STATED_POLICIES, "search", "whole_block")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +44,9 @@ class ScheduleConfig:
                 "schedule.profile and schedule.chunks_forward or chunks_backward are both set; a "
                 "profile plans the chunks, so keep one of them"
             )
-        if self.profile is None and self.policy != "serial":
+        if self.policy == "whole_block":
+            self._check_parts()
+        elif self.profile is None and self.policy != "serial":
             self._check_stated()
 
     @property
@@ -53,10 +55,29 @@ class ScheduleConfig:
         return self.profile == "measure"
 
     @property
+    def parts(self) -> int:
+        """Parts of a micro-batch that travel side by side."""
+        return self.chunks_forward or 1 if self.policy == "whole_block" else 1
+
+    @property
     def chunks(self) -> tuple[int, int]:
         """The stated numbers of chunks: forward, backward."""
         forward = self.chunks_forward or self.chunks_backward or 1
         return forward, self.chunks_backward or forward
+
+    def _check_parts(self) -> None:
+        forward, backward = self.chunks
+        if self.profile is not None or self.chunks_forward is None or forward < 2:
+            raise ConfigError(
+                "schedule.policy is whole_block, which does not plan from costs in training; state "
+                "schedule.chunks_forward, the parts of a micro-batch that travel side by side: at "
+                "least 2, and leave schedule.profile out"
+            )
+        if forward != backward:
+            raise ConfigError(
+                f"schedule.chunks_backward is {backward} and chunks_forward {forward}; with "
+                "schedule.policy=whole_block both passes have the same parts: leave one out"
+            )
 
     def _check_stated(self) -> None:
         if self.policy not in STATED_POLICIES:

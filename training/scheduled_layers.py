@@ -127,6 +127,9 @@ class ScheduledLayers:
         plan = plan_schedule(config, profile, number_bytes=self._dtype.itemsize)
         apply_schedule(self._model, plan.schedule, Execution(self._lanes, self.recorder))
         self._engine.place_slices(self._model, plan.window_bytes)
+        if plan.parts > 1:  # every part has a gradient of its own, which autograd adds up
+            for layer in self._model.moe_layers():
+                layer.experts.sinks = None
         self._watch = None
         if plan.predicted and self._steps is not None and not config.recompute:
             control = self._runtime.groups.control

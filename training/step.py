@@ -18,6 +18,7 @@ from torch.profiler import record_function
 
 from gatewise.moe.model import Decoder, DecoderOutput
 from gatewise.moe.plan_ahead import BatchPlan
+from gatewise.moe.side_by_side import forward_side_by_side
 from gatewise.parallel.dims import Groups
 from gatewise.parallel.schedule.recorder import Recorder
 from gatewise.routers.ahead.config import Exchange
@@ -71,6 +72,7 @@ def train_step(
     measure: bool = False,
     recorder: Recorder | None = None,
     spikes: SpikeGuard | None = None,
+    beside: int = 1,
 ) -> StepResult:
     """Update the model on one global batch.
 
@@ -88,6 +90,7 @@ def train_step(
         recorder: gets when this rank communicated; the layers' passes have it from their
             `execution`.
         spikes: judges the step; None lets every finite one pass.
+        beside: so many micro-batches in a row travel through the model side by side.
     """
     share = 1.0 / len(micro_batches)
     routers = model.routers()
@@ -97,19 +100,22 @@ def train_step(
     plans: Sequence[BatchPlan | None] = [None] * len(micro_batches)
     if model.router_config.ahead.exchange is Exchange.step:
         plans = model.plan([token_BS[:, :-1] for token_BS in micro_batches])
-    for index, (token_BS, key) in enumerate(zip(micro_batches, noise, strict=True)):
-        output = model(token_BS[:, :-1], RoutingContext(noise=key), plan=plans[index])
-        target_BS = model.split.own(token_BS[:, 1:])
-        mean = language_loss(model, output, target_BS) / target_BS.numel()
-        parts = _sum_losses(output.routings)
-        if output.routings:
-            parts |= balance.add(output.routings)
-        total = mean + sum(parts.values(), torch.zeros((), device=mean.device))
-        engine.backward(total * share, last=index + 1 == len(micro_batches))
-        loss += mean.detach() * share
-        for name, part in parts.items():
-            extra[name] = extra.get(name, 0) + part.detach() * share
-        meter.add(output.routings)
+    for first in range(0, len(micro_batches), beside):
+        group = range(first, first + beside)
+        outputs = _run_model(model, micro_batches, noise, plans, group)
+        total = torch.zeros((), device=loss.device)
+        for index, output in zip(group, outputs, strict=True):
+            target_BS = model.split.own(micro_batches[index][:, 1:])
+            mean = language_loss(model, output, target_BS) / target_BS.numel()
+            parts = _sum_losses(output.routings)
+            if output.routings:
+                parts |= balance.add(output.routings)
+            total = total + (mean + sum(parts.values(), torch.zeros_like(mean))) * share
+            loss += mean.detach() * share
+            for name, part in parts.items():
+                extra[name] = extra.get(name, 0) + part.detach() * share
+            meter.add(output.routings)
+        engine.backward(total, last=first + beside >= len(micro_batches))
     watch = recorder.communication("reduce") if recorder else nullcontext()
     with record_function("step.reduce"), watch:
         engine.finish()
@@ -139,6 +145,21 @@ def train_step(
     if demand is not None:
         _after_step(routers, demand, finite)
     return StepResult(loss, extra, norms, skipped, asked, spiked.float(), own_loss)
+
+
+def _run_model(
+    model: Decoder,
+    micro_batches: Sequence[Tensor],
+    noise: Sequence[NoiseKey],
+    plans: Sequence[BatchPlan | None],
+    group: range,
+) -> list[DecoderOutput]:
+    """Return what the model gives for the micro-batches of `group`, side by side if several."""
+    tokens = [micro_batches[index][:, :-1] for index in group]
+    contexts = [RoutingContext(noise=noise[index]) for index in group]
+    if len(group) == 1:
+        return [model(tokens[0], contexts[0], plan=plans[group[0]])]
+    return forward_side_by_side(model, tokens, contexts)
 
 
 class _GlobalBalance:

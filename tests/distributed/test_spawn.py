@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gatewise.launch.spawn import Outcome, RankFailure, run_here, run_ranks
+from gatewise.launch.spawn import Outcome, RankFailure, _Ranks, run_here, run_ranks
 from gatewise.launch.world import Place
 from gatewise.parallel.errors import CheckpointError
 
@@ -128,6 +128,18 @@ def _sleep(place: Place, marker: Path) -> dict[str, Any]:
     (marker / f"rank_{place.rank}.ready").touch()
     time.sleep(600)
     return {}
+
+
+def test_a_rank_that_lost_a_stopped_peer_counts_as_stopped(tmp_path: Path) -> None:
+    ranks = _Ranks(_sum_of_ranks, Place(rank=0, world_size=2), (), tmp_path)
+    first, second = ranks.outcomes
+    first.exit_code = -signal.SIGTERM
+    second.exit_code, second.error = 1, "RuntimeError: Connection closed by peer"
+    assert not ranks.were_stopped  # nobody asked
+    ranks.stop(signal.SIGTERM)
+    assert ranks.were_stopped
+    second.error = "ValueError: a mistake of its own"
+    assert not ranks.were_stopped
 
 
 ORPHANS = """

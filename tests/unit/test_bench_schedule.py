@@ -133,6 +133,20 @@ def test_lists_take_each_part_once() -> None:
     assert len(parse_links("400/1600,unshaped,400/1600")) == 2
 
 
+def test_one_node_that_stays_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[str] = []
+
+    def run(*command: str) -> None:
+        if command[-1] == "gw1x0":
+            raise ConfigError("device or resource busy")
+        removed.append(command[-1])
+
+    monkeypatch.setattr(testbed, "_run", run)
+    with pytest.raises(ConfigError, match="busy"):
+        testbed._remove(["gw1x0", "gw1x1", "gw1xs"])
+    assert removed == ["gw1x1", "gw1xs"]
+
+
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda tool: None if tool == "tc" else tool)
     assert "tc" in testbed.missing_for_namespaces()

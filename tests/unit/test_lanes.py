@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from gatewise.moe.layer import MoE
+from gatewise.moe.stages import Schedule, backward_graph, forward_graph
 from gatewise.parallel import streams
-from gatewise.parallel.schedule.executor import LaneError, run_plan
+from gatewise.parallel.schedule.executor import Execution, LaneError, run_plan
 from gatewise.parallel.schedule.lanes import ThreadLanes
 from gatewise.parallel.schedule.plan import (
     Stage,
@@ -124,6 +126,17 @@ def test_a_copy_of_the_lanes_has_threads_of_its_own() -> None:
     run_plan(CHAIN, staged_plan(CHAIN, 2), Journal(), lanes=other)
     lanes.close()
     other.close()
+
+
+def test_rows_that_stay_on_their_rank_start_no_thread() -> None:
+    others = lane_threads()
+    moe = MoE(8, 16, 4, 2)
+    graphs = forward_graph(), backward_graph()
+    plans = [staged_plan(graph, 3) for graph in graphs]
+    moe.layer.schedule = Schedule(*plans, *graphs)
+    moe.layer.execution = Execution(ThreadLanes())
+    moe(torch.randn(6, 8)).sum().backward()
+    assert lane_threads() <= others
 
 
 def test_lanes_do_not_record_for_autograd() -> None:

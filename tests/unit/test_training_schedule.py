@@ -15,6 +15,7 @@ from gatewise.parallel.errors import ConfigError
 from gatewise.parallel.schedule.cost import Cost, Interference
 from gatewise.parallel.schedule.plan import Task
 from gatewise.parallel.schedule.profiles import OPERATIONS, Layout, Profile, write_profile
+from gatewise.routers.config import RouterConfig, Selector
 from gatewise.training.config import BatchConfig, TrainConfig
 from gatewise.training.schedule import TrainingSchedule, known_profile
 from gatewise.training.schedule import plan_schedule as plan_with
@@ -45,7 +46,14 @@ def plan_schedule(settings: TrainConfig) -> TrainingSchedule:
     ("fields", "message"),
     [
         ({"policy": "fastest"}, "schedule.policy is 'fastest'; it must be one of auto, serial"),
-        ({"policy": "whole_block"}, "schedule.policy is 'whole_block'; it must be one of"),
+        ({"policy": "paired"}, "schedule.policy is 'paired'; it must be one of"),
+        ({"policy": "whole_block"}, "whole_block, .* state schedule.chunks_forward, the parts"),
+        ({"policy": "whole_block", "chunks_forward": 1}, "side by side: at least 2"),
+        ({"policy": "whole_block", "profile": "p.json"}, "leave schedule.profile out"),
+        (
+            {"policy": "whole_block", "chunks_forward": 2, "chunks_backward": 4},
+            "schedule.chunks_backward is 4 and chunks_forward 2; with schedule.policy=whole_block",
+        ),
         ({"policy": "fsmoe"}, "neither schedule.profile nor schedule.chunks_forward is set"),
         ({"policy": "auto"}, "schedule.policy is auto, which chooses by costs; give"),
         ({"policy": "search", "chunks_forward": 2}, "is search, which chooses by costs"),
@@ -78,6 +86,29 @@ def test_more_chunks_than_tokens_are_refused() -> None:
         "choose from 1 to 4096"
     )
     TrainConfig(schedule=dataclasses.replace(schedule, chunks_backward=4096))
+
+
+WHOLE = ScheduleConfig(policy="whole_block", chunks_forward=2)
+SOFT = RouterConfig(selector=Selector.soft, allow_noncausal=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": BatchConfig(sequences=3)}, "is 2, which does not divide the 3 sequences of a"),
+        ({"recompute": True}, "whole_block, which cannot have recompute; leave that out"),
+        ({"router": SOFT}, "cannot have router.selector=soft"),
+    ],
+)
+def test_what_cannot_travel_side_by_side_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(schedule=WHOLE, **settings)
+
+
+def test_whole_blocks_run_parts_and_one_chunk_in_a_layer() -> None:
+    plan = plan_schedule(TrainConfig(schedule=WHOLE))
+    assert (plan.parts, plan.schedule.forward.chunks) == (2, 1)
+    assert str(plan) == "whole_block, 2 parts of a micro-batch side by side"
 
 
 def test_a_dense_model_has_nothing_to_schedule() -> None:
@@ -114,8 +145,8 @@ def test_interleaved_plans_scatter_between_gathers() -> None:
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_plans_from_a_profile(policy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "whole_block"])
+def test_every_policy_of_one_layer_plans_from_a_profile(policy: str, tmp_path: Path) -> None:
     plan = plan_schedule(config(policy=policy, profile=profile(tmp_path / "p.json")))
     assert set(plan.predicted) == {"forward", "backward"}
     assert plan.policy in POLICIES

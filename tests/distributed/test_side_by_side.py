@@ -1,0 +1,120 @@
+"""Parts of a micro-batch side by side: what they compute is what they compute one by one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_runs import losses, make_text, run, tiny
+
+from gatewise.moe.config import ModelConfig
+from gatewise.moe.model import Decoder
+from gatewise.moe.parallelize import apply_schedule, build_model
+from gatewise.moe.side_by_side import forward_side_by_side
+from gatewise.moe.stages import Schedule
+from gatewise.parallel.config import ParallelConfig
+from gatewise.parallel.dims import make_groups
+from gatewise.parallel.schedule.executor import Execution
+from gatewise.parallel.schedule.recorder import Recorder
+from gatewise.routers.api import RoutingContext
+from gatewise.routers.presets import preset
+from gatewise.training.schedule_config import ScheduleConfig
+from ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+PARTS, SEQUENCES, LENGTH, VOCABULARY = 3, 2, 9, 50
+
+
+def decoder(rank: int, world: int, router: str, *, expert: int, shard: int) -> Decoder:
+    """Return a small model in float64, spread over the ranks."""
+    config = ParallelConfig(ranks=world, expert=expert, expert_shard=shard)
+    model = build_model(
+        ModelConfig(
+            layers=3,
+            hidden=16,
+            heads=2,
+            num_experts=4,
+            top_k=2,
+            expert_width=8,
+            shared_experts=1,
+            dense_layers=1,
+            init_std=0.3,
+        ),
+        preset(router),
+        vocab_size=VOCABULARY,
+        group=make_groups(config).experts,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        seed=1,
+    ).double()
+    recorder = Recorder()
+    apply_schedule(model, Schedule.serial(is_sharded=shard > 1), Execution(recorder=recorder))
+    return model
+
+
+def gradients(model: Decoder, outputs: Any, batches: list[Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of a loss that every state and router takes part in."""
+    total = torch.zeros((), dtype=torch.float64)
+    for output, token_BS in zip(outputs, batches, strict=True):
+        weight_BSD = torch.linspace(-1, 1, token_BS.numel()).double().view(*token_BS.shape, 1)
+        total = total + (output.hidden_BSD * weight_BSD).sum()
+        for routing in output.routings:
+            total = total + sum(routing.losses.values(), torch.zeros(()))
+    model.zero_grad()
+    total.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _as_one_by_one(rank: int, world: int, router: str, expert: int, shard: int) -> None:
+    model = decoder(rank, world, router, expert=expert, shard=shard)
+    generator = torch.Generator().manual_seed(7 + rank)
+    shape = (SEQUENCES, LENGTH)
+    batches = [torch.randint(VOCABULARY, shape, generator=generator) for _ in range(PARTS)]
+    one_by_one = [model(token_BS, RoutingContext()) for token_BS in batches]
+    wanted = gradients(model, one_by_one, batches)
+    recorder = model.moe_layers()[0].execution.recorder
+    assert recorder is not None
+    recorder.clear()
+    together = forward_side_by_side(model, batches, [RoutingContext() for _ in batches])
+    for one, other in zip(one_by_one, together, strict=True):
+        torch.testing.assert_close(other.hidden_BSD, one.hidden_BSD, rtol=0, atol=1e-10)
+        assert len(one.routings) == len(other.routings) == 2
+    found = gradients(model, together, batches)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+    _check_overlap(recorder)
+
+
+def _check_overlap(recorder: Recorder) -> None:
+    """The rows of one part are under way while others compute, in both passes."""
+    line = recorder.drain()
+    assert line.exposed_ms() < line.busy_ms("inter") + line.busy_ms("intra")
+    ran = {str(i.task): i for i in line.intervals}
+    assert ran["1.dispatch:0"].end_ms > ran["1.dispatch:1"].start_ms
+    assert ran["1.collect:0"].end_ms > ran["1.experts:1"].start_ms
+    assert ran["1.collect_grad:1"].end_ms > ran["1.collect_grad:0"].start_ms
+    assert ran["1.dispatch_grad:1"].end_ms > ran["1.experts_data:0"].start_ms
+
+
+@pytest.mark.parametrize(
+    ("router", "expert", "shard"), [("mixtral", 2, 1), ("rmoe", 2, 1), ("deepseek_v3", 1, 2)]
+)
+def test_states_and_all_gradients_are_those_of_one_after_the_other(
+    router: str, expert: int, shard: int
+) -> None:
+    run_ranks(_as_one_by_one, 2, (router, expert, shard))
+
+
+def test_training_side_by_side_is_training_with_smaller_micro_batches(tmp_path: Path) -> None:
+    data = make_text(tmp_path)
+    small = run(tiny(3, ranks=2, expert=2, micro=2), data, tmp_path / "small")
+    beside = ScheduleConfig(policy="whole_block", chunks_forward=2)
+    wide = run(tiny(3, ranks=2, expert=2, schedule=beside), data, tmp_path / "wide")
+    assert losses(wide) == pytest.approx(losses(small), rel=1e-6)
+    tensors = small.tensors()
+    for name, tensor in wide.tensors().items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=1e-4, atol=1e-6)
+    assert all(ms > 0 for ms in wide.column("schedule/exposed_communication_ms"))
