@@ -39,6 +39,12 @@ COMMANDS = {
     "simulate": ("gatewise.launch.simulate", "step time, memory and layout on a cluster"),
     "report": ("gatewise.launch.report", "one HTML file of a run, or of several side by side"),
     "dashboard": ("gatewise.launch.dashboard", "write or push the W&B workspace of a project"),
+    "verify": (
+        "gatewise.launch.verify",
+        "compare a layout with one rank: gradients, resume, ...",
+    ),
+    "estimate": ("gatewise.launch.estimate", "memory of a run's fullest rank, before it starts"),
+    "drill": ("gatewise.launch.drill", "kill ranks at random moments and compare with a quiet run"),
     "doctor": ("gatewise.launch.doctor", "show what is installed, what is missing, how to get it"),
 }
 

@@ -5,6 +5,7 @@ starts `parallel.ranks` of them (`spawn.py`). `train_rank` is the same in both c
 """
 
 import dataclasses
+import logging
 import os
 import shlex
 import sys
@@ -16,6 +17,7 @@ from gatewise.conf.compose import config_to_yaml, group_choices, load_train_conf
 from gatewise.conf.fields import field_table
 from gatewise.conf.schemas import GROUPS
 from gatewise.launch.engines import check_engine
+from gatewise.launch.machine import memory_mb as machine_memory_mb
 from gatewise.launch.outcome import answer_script
 from gatewise.launch.rank_log import own_log, tell_user
 from gatewise.launch.run_folder import RunFolder, writable
@@ -43,6 +45,8 @@ __all__ = ["run", "train_rank", "usage"]
 
 # What training imports late: loaded once here, not again by every rank (seconds each).
 PRELOAD = ("gatewise.training.trainer", "torch.distributed.checkpoint", "torch._dynamo")
+_TOO_MUCH = 1.2  # of the machine's memory: an estimate is no reason to warn for less
+_log = logging.getLogger(__name__)
 _SUMMARY = """Train a model. Where run.dir holds checkpoints, the run goes on from the newest one.
 Without torchrun or Slurm around it, the command starts parallel.ranks processes itself."""
 
@@ -117,6 +121,8 @@ def _train(
     from gatewise.training.trainer import train
 
     data = open_prepared(data_folder)
+    if runtime.rank == 0 and runtime.device.type == "cpu":
+        _tell_memory(runtime, config, data.tokenizer.vocab_size)
     sinks = make_sinks(config, folder) if runtime.rank == 0 else []
     try:
         result = dict(train(config, runtime, data, folder, sinks))
@@ -151,6 +157,29 @@ def _with_loaded_model(arguments: Sequence[str]) -> list[str]:
     if tokenizer.exists() and not {"data.tokenizer", "data.tokenizer_path"} & given.keys():
         told.append(f"data.tokenizer_path={tokenizer}")
     return [*told, *arguments]
+
+
+def _tell_memory(runtime: "Runtime", config: TrainConfig, vocab_size: int) -> None:
+    """Log what a rank will need, and warn where the machine's ranks cannot all have it."""
+    from gatewise.parallel.runtime import memory_mb
+    from gatewise.training.memory import estimate_memory
+    from gatewise.training.trainer import resolve_dtype
+
+    size = resolve_dtype(config.precision, runtime.device).itemsize
+    estimate = estimate_memory(config, vocab_size, number_bytes=size)
+    rank_mb = memory_mb(runtime.device) + estimate.total
+    _log.info("estimated memory of the fullest rank: %.0f MB", rank_mb)
+    machine_mb = machine_memory_mb()["total"]
+    here = config.parallel.node or config.parallel.ranks
+    if machine_mb is not None and here * rank_mb > _TOO_MUCH * machine_mb:
+        _log.warning(
+            "%d ranks of about %.0f MB each are more than the %d MB of this machine: see `gatewise "
+            "estimate`, raise parallel.expert or parallel.shard, lower batch.micro, or set "
+            "recompute=true",
+            here,
+            rank_mb,
+            machine_mb,
+        )
 
 
 def _with_world_size(arguments: Sequence[str], place: Place | None) -> list[str]:

@@ -268,9 +268,9 @@ def _stacks(error: BaseException | None) -> list[str]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []
     for ident, frame in sys._current_frames().items():
-        stack = traceback.extract_stack(frame)
+        stack: Sequence[traceback.FrameSummary] = traceback.extract_stack(frame)
         if ident == threading.get_ident():
-            stack = traceback.extract_tb(error.__traceback__) if error else stack[:0]
+            stack = traceback.extract_tb(error.__traceback__) if error else ()
         ours = [entry for entry in stack if not entry.filename.endswith(_MACHINERY)]
         ours = [entry for entry in ours if "/multiprocessing/" not in entry.filename]
         if ours and ours[-1].name != "_end_with_parent":

@@ -62,6 +62,7 @@ class Precision(Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp64 = "fp64"  # for comparisons: `gatewise verify`
     auto = "auto"  # bf16 where the processor multiplies it natively, else fp32
 
 

@@ -98,7 +98,8 @@ def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Return the type of forward and backward arithmetic."""
     if precision is Precision.auto:
         return torch.bfloat16 if multiplies_bf16(device) else torch.float32
-    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    wide = torch.float64 if precision is Precision.fp64 else torch.float32
+    return torch.bfloat16 if precision is Precision.bf16 else wide
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,16 @@ from training_runs import make_text, run, tiny
 from gatewise.compression.config import CompressConfig
 from gatewise.conf.compose import load_settings, load_train_config, override_config
 from gatewise.conf.fields import field_table
-from gatewise.launch import analyze, bench_pregate, bench_step, evaluate, submit
+from gatewise.launch import (
+    analyze,
+    bench_pregate,
+    bench_step,
+    drill,
+    estimate,
+    evaluate,
+    submit,
+    verify,
+)
 from gatewise.launch.bench_kernels import KernelBenchConfig
 from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.bench_schedule import ScheduleBenchConfig
@@ -39,6 +48,12 @@ SECTIONS = {name.partition(".")[0] for name in field_table(TrainConfig()) if "."
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
 MODULE = "-m gatewise.launch."
+OF_A_RUN: dict[str, Callable[[list[str]], object]] = {  # take the fields of a run
+    "train": load_train_config,
+    "drill": drill.split_arguments,
+    "estimate": estimate.split_arguments,
+    "verify": verify.split_arguments,
+}
 
 
 def pages() -> pytest.MarkDecorator:
@@ -98,8 +113,8 @@ def parse(command: str) -> None:
         name, rest = " ".join(words[:2]), words[2:]
     assert name.partition(" ")[0] in COMMANDS, command
     rest = [word for word in rest if word != "--help"]
-    if name == "train":
-        load_train_config(rest)
+    if name in OF_A_RUN:
+        OF_A_RUN[name](rest)
     elif name == "submit":
         request = submit.parse(rest)
         grid = expand(request.overrides) if request.multirun else [({}, request.overrides)]
