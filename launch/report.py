@@ -84,7 +84,7 @@ def _make(runs: Sequence[StoredRun], config: ReportConfig, folder: Path) -> Mapp
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with writable(path.parent):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(text.encode("utf-8", errors="replace"))
     except (OSError, ConfigError) as error:
         raise ConfigError(
             f"{path} cannot be written ({error}); choose another file with output=..."
@@ -233,8 +233,7 @@ def _compression(runs: Sequence[StoredRun]) -> Section:
         return section
     rows = []
     for owner, one in found:
-        bits, sizes = one.result.get("bits") or {}, one.result.get("bytes") or {}
-        loss = one.result.get("evaluation") or {}
+        bits, sizes, loss = one.bits, one.sizes, one.evaluation
         rows.append(
             [
                 f"{owner} {one.name}".strip(),

@@ -141,12 +141,10 @@ def pareto(compressions: Sequence[tuple[str, Compression]]) -> Figure | None:
     """Draw what compression costs over the bits it leaves; the best for their bits are joined."""
     points = []
     for owner, one in compressions:
-        bits, found = one.result.get("bits"), one.result.get("evaluation")
-        if isinstance(bits, dict) and isinstance(found, dict):
-            error = float(found.get("standard_error") or 0.0)
-            points.append(
-                (float(bits["paper"]), float(found["delta_nats"]), error, f"{owner} {one.name}")
-            )
+        bits, delta = one.bits.get("paper"), one.evaluation.get("delta_nats")
+        if bits is not None and delta is not None:
+            error = one.evaluation.get("standard_error", 0.0)
+            points.append((bits, delta, error, f"{owner} {one.name}".strip()))
     if not points:
         return None
     points.sort()
@@ -180,23 +178,21 @@ def pareto(compressions: Sequence[tuple[str, Compression]]) -> Figure | None:
         )
     title = "Loss added by compression over bits"
     layout = base_layout(title, "bits per weight of the experts' budget", "nats per token added")
-    bits = [point[0] for point in points]
-    layout["xaxis"]["range"] = [min(bits) - 0.5, max(bits) + 0.5]
+    layout["xaxis"]["range"] = [points[0][0] - 0.5, points[-1][0] + 0.5]
     words = "; ".join(f"{name}: {b:.2f} bits, {d:+.4f} +- {e:.4f}" for b, d, e, name in points)
     return Figure(title, traces, layout, words + " nats per token.")
 
 
 def compression_widths(one: Compression) -> Figure | None:
     """Draw the width that each expert's weights got."""
-    by_layer = (one.report.get("widths") or {}).get("by_layer")
-    if not isinstance(by_layer, dict) or not by_layer:
+    if not one.widths:
         return None
-    rows = [list(row) for row in by_layer.values()]
+    rows = list(one.widths.values())
     widths = sorted({width for row in rows for width in row})
     trace: dict[str, Any] = {
         "type": "heatmap",
         "z": rows,
-        "y": [f"layer {name}" for name in by_layer],
+        "y": [f"layer {name}" for name in one.widths],
         "x": list(range(len(rows[0]))),
         "zmin": 0,
         "zmax": max(4, *widths),

@@ -33,8 +33,10 @@ class Compression:
     """What one `gatewise compress` left."""
 
     name: str
-    result: Mapping[str, Any]
-    report: Mapping[str, Any]  # empty where it is not there
+    bits: Mapping[str, float]
+    sizes: Mapping[str, float]  # bytes
+    evaluation: Mapping[str, float]  # empty where none was made
+    widths: Mapping[str, list[float]]  # of each layer; empty where the report is not there
 
 
 @dataclass(slots=True)
@@ -56,9 +58,7 @@ class StoredRun:
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return steps and values of a metric where both are known."""
         found = [
-            (record["step"], record[key])
-            for record in self.records
-            if isinstance(record.get(key), (int, float)) and math.isfinite(record[key])
+            (record["step"], record[key]) for record in self.records if _is_finite(record.get(key))
         ]
         return [step for step, _ in found], [value for _, value in found]
 
@@ -141,7 +141,7 @@ def _read_json(run: StoredRun, path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         run.notes.append(f"{_name(run, path)} is damaged: {error}")
         return {}
     if not isinstance(found, dict):
@@ -186,7 +186,8 @@ def _read_records(run: StoredRun) -> None:
             record = json.loads(line.decode("utf-8"))
         except (UnicodeDecodeError, ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
+        step = record.get("step") if isinstance(record, dict) else None
+        if not isinstance(record, dict) or type(step) is not int or not 0 <= step < 2**53:
             bad.append(number)
             continue
         odd |= {key for key, value in record.items() if not _is_metric(value)}
@@ -212,7 +213,9 @@ def _read_restarts(run: StoredRun) -> None:
         try:
             start = json.loads(line)
             step, when = int(start["step"]), str(start.get("time", ""))
-        except (ValueError, KeyError, TypeError):
+            if not 0 <= step < 2**53:
+                raise ValueError(step)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             torn += 1
             continue
         if number:
@@ -239,23 +242,26 @@ def _read_traces(run: StoredRun) -> None:
 
 
 def _spans(events: Sequence[Any], rank: int) -> Iterator[Span]:
-    names: dict[tuple[Any, Any], str] = {}
-    measured: set[Any] = set()
+    names: dict[tuple[str, str], str] = {}
+    measured: set[str] = set()
     good = [event for event in events if isinstance(event, dict)]
     for event in good:
-        name = str((event.get("args") or {}).get("name", ""))
+        details = event.get("args")
+        name = str(details.get("name", "")) if isinstance(details, dict) else ""
+        process, thread = str(event.get("pid")), str(event.get("tid"))
         if event.get("ph") == "M" and event.get("name") == "thread_name":
-            names[event.get("pid"), event.get("tid")] = name
+            names[process, thread] = name
         elif event.get("ph") == "M" and "measured" in name:
-            measured.add(event.get("pid"))
+            measured.add(process)
     for event in good:
         start, length = event.get("ts"), event.get("dur")
-        if event.get("ph") != "X" or event.get("pid") not in measured:
+        process, thread = str(event.get("pid")), str(event.get("tid"))
+        if event.get("ph") != "X" or process not in measured:
             continue
-        if not isinstance(start, (int, float)) or not isinstance(length, (int, float)):
-            continue
-        lane = names.get((event.get("pid"), event.get("tid")), str(event.get("tid")))
-        yield Span(f"rank {rank} {lane}", str(event.get("name")), start / 1e3, length / 1e3)
+        if isinstance(start, (int, float)) and isinstance(length, (int, float)):
+            lane = names.get((process, thread), thread)
+            if _is_finite(start) and _is_finite(length):
+                yield Span(f"rank {rank} {lane}", str(event.get("name")), start / 1e3, length / 1e3)
 
 
 def _read_compressions(run: StoredRun) -> None:
@@ -267,7 +273,18 @@ def _read_compressions(run: StoredRun) -> None:
         if result.get("command") != "compress" or result.get("exit") != 0:
             continue
         report = _read_json(run, path / "compressed" / "report.json")
-        run.compressions.append(Compression(path.resolve().name, result, report))
+        widths = report.get("widths")
+        by_layer = widths.get("by_layer") if isinstance(widths, dict) else None
+        rows = by_layer if isinstance(by_layer, dict) else {}
+        run.compressions.append(
+            Compression(
+                path.resolve().name,
+                bits=_numbers(result.get("bits")),
+                sizes=_numbers(result.get("bytes")),
+                evaluation=_numbers(result.get("evaluation")),
+                widths=rows if _is_table(list(rows.values())) else {},
+            )
+        )
 
 
 def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -280,8 +297,21 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _numbers(value: Any) -> dict[str, float]:
+    """Return what of an object are finite numbers; nothing of anything else."""
+    items = value.items() if isinstance(value, dict) else ()
+    return {key: number for key, number in items if _is_finite(number)}
+
+
+def _is_finite(value: Any) -> bool:
+    """Tell whether a value is a number that a plot can show."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
 def _is_metric(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float)) or _is_table(value)
+    return value is None or isinstance(value, float) or _is_finite(value) or _is_table(value)
 
 
 def _is_table(value: Any) -> bool:
@@ -290,7 +320,7 @@ def _is_table(value: Any) -> bool:
         return False
     if not all(isinstance(row, list) and row and len(row) == len(value[0]) for row in value):
         return False
-    return all(isinstance(item, (int, float)) for row in value for item in row)
+    return all(_is_finite(item) for row in value for item in row)
 
 
 def _name(run: StoredRun, path: Path) -> str:

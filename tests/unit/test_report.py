@@ -1,6 +1,8 @@
 """The report of runs: what it draws, what it says is missing or damaged, and what it refuses."""
 
+import contextlib
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,27 @@ def test_garbage_between_records_is_counted_and_left_out(tmp_path: Path) -> None
     assert any("no numbers in val/loss" in note for note in run.notes)
     assert [record["step"] for record in run.records] == list(range(2, 41, 2))
     assert figures(describe_run(run))["Loss over steps"].data[0]["x"] == list(range(2, 41, 2))
+
+
+def test_whatever_bytes_are_changed_a_report_or_a_refusal_comes_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=12)
+    make_trace(folder)
+    make_compression(folder / "2_bits")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    generator = random.Random(0)
+    pieces = [b"NaN", b"null", b"-1", b"[]", b"{}", b'"x"', b"\xff", b"1e999", b"9" * 400, b"\n"]
+    for _ in range(30):
+        path = generator.choice(files)
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        for _ in range(generator.randrange(1, 6)):
+            at = generator.randrange(len(damaged))
+            damaged[at : at + generator.randrange(12)] = generator.choice(pieces)
+        path.write_bytes(damaged[: generator.randrange(1, 2 * len(damaged))])
+        with contextlib.suppress(ConfigError):  # nothing is left to show
+            run = read_run(folder)
+            render("x", [], run.notes, describe_run(run) + compare_runs([run]), plotly_js="")
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize(

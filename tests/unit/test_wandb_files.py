@@ -1,8 +1,14 @@
 """What the real client writes offline, read back: settings, rows, histograms, summary, restarts."""
 
+import contextlib
 import json
 import logging
+import os
+import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -75,6 +81,55 @@ def test_after_a_kill_each_step_is_there_once_and_nothing_is_missing(tmp_path: P
     assert [row["train/loss"] for row in rows] == [1 / step for step in range(1, 7)]
     assert [row["val/loss"] for row in rows if "val/loss" in row] == [1.0, 0.5, 1 / 3]
     assert len({file.run_id for file in training.files()}) == 1
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from test_wandb_files import SETTINGS
+from gatewise.training.config import WandbConfig
+from gatewise.training.sinks import JsonlSink
+from gatewise.training.wandb_sink import WandbSink
+
+folder = Path(sys.argv[1])
+view = WandbSink(WandbConfig(), name="x", folder=folder, settings=SETTINGS, offline=True)
+sinks = [JsonlSink(folder / "metrics.jsonl"), view]
+for sink in sinks:
+    sink.resume(0)
+for step in range(1, 5):
+    for sink in sinks:
+        sink.write({"step": step, "train/loss": 1 / step})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def wait_for_client(pid: int) -> None:
+    """Wait until the client's own process has noticed that its parent was killed."""
+    deadline = time.monotonic() + 60
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            is_client = words[0].endswith(b"wandb-core") and str(pid).encode() in words
+            while is_client and path.exists() and path.read_bytes():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("quiet_client")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_after_sigkill_each_step_is_there_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DYING, str(tmp_path)]
+    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    environ = {**os.environ, "PYTHONPATH": path}
+    environ.pop("WANDB_SERVICE", None)  # the client's process of this process's own runs
+    process = subprocess.Popen(command, env=environ)
+    assert process.wait(timeout=300) == -signal.SIGKILL
+    wait_for_client(process.pid)
+    training = Training(tmp_path)
+    training.start(3, 6, killed=False)  # from the checkpoint of step 2
+    assert [row["train/step"] for row in training.rows()] == [1, 2, 3, 4, 5, 6]
+    assert [row["_step"] for row in training.rows()] == [0, 1, 2, 3, 4, 5]
+    assert not training.files()[0].is_finished
 
 
 @pytest.mark.usefixtures("quiet_client")
