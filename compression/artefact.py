@@ -293,7 +293,7 @@ def place_kept(ranges: Mapping[str, Any], kept: Mapping[str, Tensor], path: Path
 
 
 def place_part(ranges: Mapping[str, Any], part: Part, matrix: Quantized, path: Path) -> None:
-    """Write one dequantised matrix to its place.
+    """Write one dequantised matrix to its place; one of another rank's expert is left out.
 
     Raises:
         CheckpointError: if the model has no such place.
@@ -304,8 +304,10 @@ def place_part(ranges: Mapping[str, Any], part: Part, matrix: Quantized, path: P
         raise CheckpointError(
             f"checkpoint {path}: planned matrix '{part.name}' has no place in the model"
         )
-    size, first = part.shape.elements, part.shape.elements * (part.expert or 0)
-    found.data[first : first + size].copy_(matrix.dequantise().reshape(-1))
+    size = part.shape.elements
+    first = size * (part.expert or 0) - found.start
+    if 0 <= first < found.data.numel():
+        found.data[first : first + size].copy_(matrix.dequantise().reshape(-1))
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gatewise.moe.layer import MoELayer
 from gatewise.moe.model import Block, Decoder
+from gatewise.parallel.errors import DataError
 from gatewise.training.step import language_loss
 
 __all__ = ["measure_gradients", "read_gradients"]
@@ -37,13 +38,23 @@ def measure_gradients(
         token_batches: int64 (B, S + 1): the last position is a target only.
         folder: for the files; made if it does not exist.
         progress: told the number of finished batches.
+
+    Raises:
+        DataError: if a gradient is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.eval()
     for index, token_BS in enumerate(token_batches):
         file = folder / _name(index)
         if not file.exists():
-            _write(file, _output_gradients(model, token_BS))
+            found = _output_gradients(model, token_BS)
+            for layer, gradient_TD in found.items():
+                if not bool(torch.isfinite(gradient_TD).all()):
+                    raise DataError(
+                        f"layer {layer}: gradients of calibration batch {index} are not finite; "
+                        "the checkpoint has diverged: take an earlier one"
+                    )
+            _write(file, found)
         progress(index + 1)
 
 

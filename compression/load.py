@@ -13,12 +13,24 @@ from gatewise.compression.artefact import fill_model
 from gatewise.compression.plan import Plan
 from gatewise.compression.stream import check_names, give_memory
 from gatewise.moe.model import Decoder
+from gatewise.moe.parallelize import apply_expert_parallel
+from gatewise.parallel.collectives import NO_GROUP
+from gatewise.parallel.dims import ExpertGroups
 from gatewise.training.checkpoint_folder import read_meta
 from gatewise.training.checkpoint_load import load
 from gatewise.training.config import TrainConfig
 from gatewise.training.state import model_ranges
 
-__all__ = ["build_empty", "fill_ranges", "load_compressed", "load_whole", "planned_shapes"]
+__all__ = [
+    "ALONE",
+    "build_empty",
+    "fill_ranges",
+    "load_compressed",
+    "load_whole",
+    "planned_shapes",
+]
+
+ALONE = ExpertGroups.of(NO_GROUP)  # all experts on this rank
 
 
 def build_empty(config: TrainConfig, vocab_size: int) -> Decoder:
@@ -41,12 +53,27 @@ def fill_ranges(path: Path, ranges: Mapping[str, Any]) -> None:
     load(path, ranges, optional_prefixes=others)
 
 
-def load_compressed(
-    config: TrainConfig, vocab_size: int, path: Path, plan: Plan, device: torch.device
+def load_compressed(  # noqa: PLR0917 - as `load_packed`
+    config: TrainConfig,
+    vocab_size: int,
+    path: Path,
+    plan: Plan,
+    device: torch.device,
+    groups: ExpertGroups = ALONE,
 ) -> Decoder:
-    """Build a model from an artefact, with its weights dequantised to fp32."""
+    """Build a model from an artefact, with its weights dequantised to fp32.
+
+    Args:
+        config: of the run that trained it.
+        vocab_size: V.
+        path: folder of the artefact.
+        plan: of the artefact.
+        device: where the model goes.
+        groups: the ranks over which experts are spread, whole.
+    """
     model = build_empty(config, vocab_size)
     check_names(model, planned_shapes(plan), source=str(path))
+    apply_expert_parallel(model, groups)
     give_memory(model, device)
     fill_model(model, path, plan, range(plan.layers + 1))
     return model.eval()

@@ -13,18 +13,21 @@ import torch
 
 from gatewise.compression.artefact import place_kept, read_tensors, take_part
 from gatewise.compression.formats import TERNARY
-from gatewise.compression.load import build_empty, planned_shapes
+from gatewise.compression.load import ALONE, build_empty, planned_shapes
 from gatewise.compression.plan import Part, Plan
 from gatewise.compression.quantize import Quantized
 from gatewise.compression.stream import check_names, give_memory
 from gatewise.moe.columns import column_statistics
 from gatewise.moe.config import Activation
+from gatewise.moe.dispatch import AllToAllDispatcher
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.layer import MoELayer
 from gatewise.moe.model import Decoder
 from gatewise.moe.ops.packed import unpack_weight
 from gatewise.moe.ops.panels import PackedWeight, pack_panels
 from gatewise.moe.packed import PackedExperts, PackedLinear
+from gatewise.moe.parallelize import apply_expert_parallel
+from gatewise.parallel.dims import ExpertGroups
 from gatewise.parallel.errors import CheckpointError
 from gatewise.routers.api import ExpertColumns
 from gatewise.training.config import TrainConfig
@@ -35,8 +38,13 @@ __all__ = ["load_packed", "to_panels", "weight_bytes"]
 _CPU = torch.device("cpu")
 
 
-def load_packed(
-    config: TrainConfig, vocab_size: int, path: Path, plan: Plan, device: torch.device
+def load_packed(  # noqa: PLR0917 - as `load_compressed`
+    config: TrainConfig,
+    vocab_size: int,
+    path: Path,
+    plan: Plan,
+    device: torch.device,
+    groups: ExpertGroups = ALONE,
 ) -> Decoder:
     """Build a model from an artefact that computes with its codes.
 
@@ -46,12 +54,14 @@ def load_packed(
         path: folder of the artefact.
         plan: of the artefact.
         device: where the model goes; the kernels are those of a CPU, elsewhere torch computes.
+        groups: the ranks over which experts are spread, whole; each keeps the codes of its own.
 
     Raises:
         CheckpointError: as `read_tensors`, or if plan and model differ.
     """
     model = build_empty(config, vocab_size)
     check_names(model, planned_shapes(plan), source=str(path))
+    apply_expert_parallel(model, groups)
     for part in plan.parts:
         _take_away(model, part)
     give_memory(model, device)
@@ -114,16 +124,20 @@ def _place_experts(
     block = model.blocks[layer]
     feed_forward = block.feed_forward
     assert isinstance(feed_forward, MoELayer)
-    count = model.config.num_experts
+    count, dispatcher = model.config.num_experts, feed_forward.dispatcher
+    mine = slice(dispatcher.first_expert, dispatcher.first_expert + dispatcher.num_local)
     try:
         first, second = (
             [weights[projection, expert] for expert in range(count)] for projection in ("in", "out")
         )
-        feed_forward.packed = PackedExperts(first, second, model.config.activation)
+        packed = PackedExperts(first[mine], second[mine], model.config.activation)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {path}: the experts of layer {layer} do not belong together: {error}"
         ) from error
+    if isinstance(dispatcher, AllToAllDispatcher):
+        packed.dispatcher = dispatcher
+    feed_forward.packed = packed
     if feed_forward.reads_columns:
         feed_forward.columns = _Columns(first, model.config.activation)
 

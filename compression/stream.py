@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gatewise.moe.model import Block, Decoder
-from gatewise.parallel.errors import CheckpointError
+from gatewise.parallel.errors import CheckpointError, DataError
 from gatewise.routers.api import Routing
 from gatewise.routers.weights import RouterWeights
 from gatewise.training.checkpoint_format import FlatRange
@@ -49,6 +49,9 @@ class BlockStream:
         Args:
             token_batches: int64 (B, S) each.
             adjust: changes weights before they are used, such as rounding them.
+
+        Raises:
+            DataError: if a weight is not finite.
         """
         for name, child in self.model.named_children():
             if name != "blocks":
@@ -56,7 +59,7 @@ class BlockStream:
         for name, parameter in self.model.named_parameters(recurse=False):
             empty = torch.empty_like(parameter, device=self._device)
             setattr(self.model, name, nn.Parameter(empty))
-        self._fill(self._ranges(lambda name: not _is_in_block(name)))
+        self._load(lambda name: not _is_in_block(name))
         adjust()
         self._arguments = [self._catch(token_BS.to(self._device)) for token_BS in token_batches]
 
@@ -67,13 +70,16 @@ class BlockStream:
         Args:
             layer: index of the block.
             load: False leaves the weights to the caller.
+
+        Raises:
+            DataError: if a weight is not finite.
         """
         block = self.block(layer)
         give_memory(block, self._device)
         try:
             if load:
                 prefix = f"blocks.{layer}."
-                self._fill(self._ranges(lambda name: name.startswith(prefix)))
+                self._load(lambda name: name.startswith(prefix))
             yield block
         finally:
             block.to_empty(device=torch.device("meta"))
@@ -100,12 +106,20 @@ class BlockStream:
             routings.append(routing)
         return routings
 
-    def _ranges(self, wanted: Callable[[str], bool]) -> dict[str, FlatRange]:
-        return {
+    def _load(self, wanted: Callable[[str], bool]) -> None:
+        ranges = {
             name: part
             for name, part in model_ranges(self.model).items()
             if wanted(name.partition("/")[2])
         }
+        self._fill(ranges)
+        for name, part in ranges.items():
+            bad = int((~torch.isfinite(part.data)).sum())
+            if bad:
+                raise DataError(
+                    f"checkpoint: {bad} of {part.data.numel()} numbers of '{name}' are not finite; "
+                    "it has diverged: take an earlier one"
+                )
 
     @torch.no_grad()
     def _catch(self, token_BS: Tensor) -> tuple[Any, ...]:

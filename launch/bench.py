@@ -10,6 +10,7 @@ from gatewise.parallel.errors import ConfigError
 __all__ = ["run", "usage"]
 
 _BENCHES = {
+    "generate": ("gatewise.launch.bench_generate", "text from a compressed model and its origin"),
     "kernels": ("gatewise.launch.bench_kernels", "packed low-bit weights beside torch's products"),
     "layer": ("gatewise.launch.bench_layer", "one MoE layer beside its peers"),
     "pregate": ("gatewise.launch.bench_pregate", "counts exchanged per layer, or planned ahead"),

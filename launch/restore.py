@@ -11,14 +11,14 @@ import torch
 
 from gatewise.compression.artefact import find_artefact, is_artefact, read_plan, verify_artefact
 from gatewise.compression.config import Weights
-from gatewise.compression.load import load_compressed
+from gatewise.compression.load import ALONE, load_compressed
 from gatewise.compression.pruning import apply_pruning, read_pruning
 from gatewise.compression.runtime import load_packed
 from gatewise.conf.compose import config_from_yaml
 from gatewise.moe.model import Decoder, set_precision
 from gatewise.moe.ops.native_packed import load_packed_kernels
 from gatewise.moe.parallelize import build_model
-from gatewise.parallel.collectives import NO_GROUP
+from gatewise.parallel.dims import ExpertGroups
 from gatewise.parallel.errors import CheckpointError, ConfigError
 from gatewise.training.checkpoint_folder import read_json
 from gatewise.training.checkpointer import find_latest, load, read_meta, verify
@@ -193,19 +193,24 @@ def restore_data(stored: Stored, folder: Path) -> PreparedData:
 
 
 def restore_model(
-    stored: Stored, *, device: torch.device, weights: Weights = Weights.dequantised
+    stored: Stored,
+    *,
+    device: torch.device,
+    weights: Weights = Weights.dequantised,
+    groups: ExpertGroups = ALONE,
 ) -> Decoder:
-    """Build the model with all its experts on this rank and fill it.
+    """Build the model and fill it.
 
     Args:
         stored: the checkpoint; `stored.config.precision` chooses the type of its matrices.
         device: where the model goes.
         weights: how those of a compressed model are held; others have only one way.
+        groups: the ranks over which experts are spread, whole; by default all are here.
     """
     config, vocab_size = stored.config, int(stored.meta["vocab_size"])
     if stored.is_compressed:
         read = load_packed if weights is Weights.packed else load_compressed
-        model = read(config, vocab_size, stored.path, read_plan(stored.path), device)
+        model = read(config, vocab_size, stored.path, read_plan(stored.path), device, groups)
         set_precision(model, resolve_dtype(config.precision, device))
         pruning = read_pruning(stored.path)
         if pruning is not None:
@@ -215,7 +220,7 @@ def restore_model(
         config.model,
         config.router,
         vocab_size=vocab_size,
-        group=NO_GROUP,
+        group=groups,
         device=device,
         dtype=torch.float32,
         seed=config.seed,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.moe.config import Activation
+from gatewise.moe.dispatch import AllToAllDispatcher, Piece
 from gatewise.moe.ops.grouped_ffn import ffn_forward
 from gatewise.moe.ops.native_packed import PackedTable
 from gatewise.moe.ops.packed import (
@@ -29,6 +30,7 @@ from gatewise.moe.ops.packed import (
 )
 from gatewise.moe.ops.panels import PackedWeight
 from gatewise.moe.ops.permute import combine_rows, gather_rows, sort_pairs
+from gatewise.parallel.streams import used_here
 
 __all__ = ["PackedExperts", "PackedLinear", "multiply"]
 
@@ -72,7 +74,9 @@ def multiply(x: Tensor, weight: Tensor | PackedLinear) -> Tensor:
 
 
 class PackedExperts(nn.Module):
-    """All experts of a layer; widths may differ between experts and between their two matrices.
+    """Experts of a layer; widths may differ between experts and between their two matrices.
+
+    `dispatcher`, where set, spreads the layer's experts over ranks: those here are this rank's.
 
     Args:
         w_in: first matrices, (G, D) each.
@@ -91,6 +95,7 @@ class PackedExperts(nn.Module):
         self.w_in, self.w_out = _table("w_in", w_in), _table("w_out", w_out)
         check_tables(self.w_in, self.w_out, activation)
         self.activation = activation
+        self.dispatcher: AllToAllDispatcher | None = None
 
     @property
     def nbytes(self) -> int:
@@ -104,13 +109,35 @@ class PackedExperts(nn.Module):
             ValueError: as `check_choices`, or where gradients are wanted.
         """
         _refuse_gradients(x_TD)
+        if self.dispatcher is not None:
+            return self._spread(x_TD, expert_TK, weight_TK, self.dispatcher)
         if x_TD.shape[0] <= _MOST_ROWS:  # then no expert has more rows
             return self._few_rows(x_TD, expert_TK, weight_TK)
-        check_choices(x_TD, expert_TK, weight_TK, self.w_in)
+        self._check(x_TD, expert_TK, weight_TK, len(self.w_in.weights))
         _, token_M, inverse_TK, count_E = sort_pairs(expert_TK, len(self.w_in.weights))
         counts = count_E.tolist()
         x_ND = gather_rows(x_TD, token_M[: sum(counts)])
         return combine_rows(self._rows(x_ND, counts), inverse_TK, weight_TK)
+
+    def _spread(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, dispatcher: AllToAllDispatcher
+    ) -> Tensor:
+        """Send each row to the rank of its expert and get its output back."""
+        self._check(x_TD, expert_TK, weight_TK, dispatcher.group.size * dispatcher.num_local)
+        whole = Piece(slice(0, x_TD.shape[0]), expert_TK)
+        (ticket,) = dispatcher.prepare([whole], may_drop=True)
+        rows_ND = gather_rows(x_TD, ticket.token_N)
+        rows_RD = used_here(dispatcher.send(rows_ND, ticket).wait())
+        assert ticket.arrange_R is not None
+        assert ticket.restore_R is not None
+        assert ticket.counts is not None
+        y_RD = self._rows(rows_RD.index_select(0, ticket.arrange_R), ticket.counts)
+        y_RD = y_RD.index_select(0, ticket.restore_R)
+        y_ND = used_here(dispatcher.give_back(y_RD, ticket).wait())
+        return combine_rows(y_ND, ticket.inverse_TK, weight_TK)
+
+    def _check(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, experts: int) -> None:
+        check_choices(x_TD, expert_TK, weight_TK, self.w_in.weights[0], experts)
 
     def _few_rows(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         return packed_ffn(x_TD, expert_TK, weight_TK, self.w_in, self.w_out, self.activation)

@@ -1,7 +1,7 @@
 """Text from a model, token by token, with a key-value cache."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,8 @@ def stream_text(
     prompt: str,
     sampling: Sampling,
     tally: Tally | None = None,
+    *,
+    agree: Callable[[int], int] = lambda token: token,
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` in pieces of complete characters.
 
@@ -62,11 +64,14 @@ def stream_text(
     text.
 
     Args:
-        model: all its experts on this rank; put into evaluation mode.
+        model: put into evaluation mode.
         tokenizer: of the model.
         prompt: may be empty: generation then starts from end-of-text.
         sampling: how tokens are drawn.
         tally: counts tokens and the time of the model, without that of the caller.
+        agree: takes the token that was drawn and returns the one that is used. Where experts are
+            spread over ranks all must use the same: a rank that ended its text alone would leave
+            the others waiting.
     """
     tally = tally or Tally()
     model.eval()
@@ -79,7 +84,7 @@ def stream_text(
     for number in range(sampling.tokens):
         began = time.perf_counter()
         hidden_D = model(token_1S, cache=cache).hidden_BSD[0, -1]
-        token = _draw(model.logits(hidden_D), sampling, generator)
+        token = agree(_draw(model.logits(hidden_D), sampling, generator))
         if number == 0:
             tally.prompt_seconds = time.perf_counter() - began
         else:

@@ -148,7 +148,7 @@ def packed_ffn(  # noqa: PLR0917 - the operands of one kernel
         ValueError: as `check_tables` and `check_choices`.
     """
     check_tables(w_in, w_out, activation)
-    check_choices(x_TD, expert_TK, weight_TK, w_in)
+    check_choices(x_TD, expert_TK, weight_TK, w_in.weights[0], len(w_in.weights))
     kernels = _kernels_for(x_TD)
     if kernels is None:
         return packed_ffn_reference(
@@ -217,13 +217,22 @@ def check_tables(w_in: PackedTable, w_out: PackedTable, activation: Activation) 
         raise ValueError(f"w_in is on {first.data.device}, but w_out on {second.data.device}")
 
 
-def check_choices(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, w_in: PackedTable) -> None:
+def check_choices(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, first: PackedWeight, experts: int
+) -> None:
     """Refuse tokens, or choices of experts, that these experts cannot serve.
+
+    Args:
+        x_TD: tokens.
+        expert_TK: choices.
+        weight_TK: combine weights.
+        first: a first matrix of any expert.
+        experts: their number.
 
     Raises:
         ValueError: for another width, type or device, or an expert that does not exist.
     """
-    check_rows(x_TD, w_in.weights[0])
+    check_rows(x_TD, first)
     if expert_TK.dtype != torch.int64:
         raise ValueError(f"expert_TK is {expert_TK.dtype}; it must be torch.int64")
     if not weight_TK.is_floating_point():
@@ -241,10 +250,10 @@ def check_choices(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, w_in: Pack
     if not expert_TK.numel():
         return
     least, most = (int(end) for end in expert_TK.aminmax())
-    if least < -1 or most >= len(w_in.weights):
+    if least < -1 or most >= experts:
         raise ValueError(
-            f"expert_TK goes from {least} to {most}; with {len(w_in.weights)} experts it must be "
-            f"from -1 (none) to {len(w_in.weights) - 1}"
+            f"expert_TK goes from {least} to {most}; with {experts} experts it must be from -1 "
+            f"(none) to {experts - 1}"
         )
 
 

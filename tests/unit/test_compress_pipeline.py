@@ -161,17 +161,61 @@ def test_calibration_that_is_too_small_is_refused(source: Source, tmp_path: Path
 def test_activations_that_are_not_finite_are_named(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spoil("model/blocks.1.norm_feed_forward.gain", 3e38, monkeypatch)  # finite, its products not
+    with pytest.raises(DataError, match="layer 1: the inputs of its feed-forward matrices"):
+        compressed(source, settings(allocation=Allocation.fnorm2), tmp_path / "fnorm2")
+    assert not (tmp_path / "fnorm2" / "compressed").exists()
+
+
+def spoil(wanted: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a tensor of the checkpoint be read as other numbers."""
     fill = work.fill_ranges
 
-    def spoil(path: Path, ranges: dict[str, Any]) -> None:
+    def fill_spoilt(path: Path, ranges: dict[str, Any]) -> None:
         fill(path, ranges)
-        for name, part in ranges.items():
-            if name == "model/blocks.1.attention.w_out":
-                part.data[3] = math.nan
+        if wanted in ranges:
+            ranges[wanted].data.fill_(value)
 
-    monkeypatch.setattr(work, "fill_ranges", spoil)
-    with pytest.raises(DataError, match="layer 1: the inputs of its feed-forward matrices"):
-        compressed(source, settings(allocation=Allocation.fnorm2), tmp_path)
+    monkeypatch.setattr(work, "fill_ranges", fill_spoilt)
+
+
+def test_weights_that_are_not_finite_are_named_before_anything_is_measured(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil("model/blocks.1.feed_forward.experts.w_out_eDF", math.nan, monkeypatch)
+    with pytest.raises(
+        DataError, match=r"of 'model/blocks\.1\.feed_forward\.experts\.w_out_eDF' are"
+    ):
+        compressed(source, settings(), tmp_path)
+    assert not list((tmp_path / "calibration").iterdir())
+
+
+def test_an_expert_without_a_token_is_quantised_on_all_and_reported(
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fill = work.fill_ranges
+
+    def close_expert(path: Path, ranges: dict[str, Any]) -> None:
+        """Give expert 2 of layer 1 the logits of expert 3: ties go to the lower index."""
+        fill(path, ranges)
+        found = ranges.get("model/blocks.1.feed_forward.router.weight")
+        if found is not None:
+            weight_ED = found.data.view(4, -1)
+            weight_ED[0] = weight_ED[1] = weight_ED[3]
+            weight_ED[2] = weight_ED[3]
+
+    monkeypatch.setattr(work, "fill_ranges", close_expert)
+    text = TextConfig(evaluate=False)
+    path, report = compressed(source, settings(text=text), tmp_path)
+    starved = report["coverage"][1]
+    assert starved["without_a_token"] == [2, 3]
+    assert [starved["borrowed"][name][3] for name in ("in", "out")] == [1.0, 1.0]
+    assert "layer 1: no calibration token reached experts 2, 3; they are quantised" in caplog.text
+    model = restore_model(open_checkpoint(str(path)), device=torch.device("cpu"))
+    assert bool(model.moe_layers()[1].experts.w_in_eGD[2:].any())
 
 
 def test_unknown_and_missing_tensors_of_a_checkpoint_are_named(source: Source) -> None:

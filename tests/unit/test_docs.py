@@ -21,6 +21,7 @@ from gatewise.launch import (
     submit,
     verify,
 )
+from gatewise.launch.bench_generate import GenerateBenchConfig
 from gatewise.launch.bench_kernels import KernelBenchConfig
 from gatewise.launch.bench_layer import LayerBenchConfig
 from gatewise.launch.bench_schedule import ScheduleBenchConfig
@@ -139,6 +140,7 @@ def parse(command: str) -> None:
             "convert from_gguf": ConvertGgufConfig,
             "convert from_hf": ConvertInConfig,
             "convert to_hf": ConvertOutConfig,
+            "bench generate": GenerateBenchConfig,
             "bench kernels": KernelBenchConfig,
             "export": ExportConfig,
             "bench layer": LayerBenchConfig,

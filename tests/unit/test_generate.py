@@ -141,3 +141,17 @@ def test_the_tally_counts_what_was_drawn() -> None:
     one = Tally()
     list(stream_text(build(), BYTES, "", Sampling(tokens=1), one))
     assert (one.prompt_tokens, one.tokens, one.tokens_per_second) == (1, 0, None)
+
+
+def test_the_token_that_the_ranks_agree_on_is_used() -> None:
+    drawn: list[int] = []
+
+    def agree(token: int) -> int:
+        drawn.append(token)
+        return ord("b")
+
+    model = Scripted([ord("a")] * 3)
+    pieces = stream_text(model, BYTES, "x", Sampling(tokens=3, temperature=0), agree=agree)  # type: ignore[arg-type]
+    assert "".join(pieces) == "bbb"
+    assert drawn == [ord("a")] * 3
+    assert model.prompts[1:] == [[ord("b")]] * 2
