@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -323,14 +324,14 @@ def test_all_ranks_skip_when_one_of_them_has_nan(data: PreparedData, tmp_path: P
 # --- signals
 
 
-def _stop_in_evaluation(rank: int) -> None:
+def _stop_in_evaluation(number: signal.Signals, rank: int) -> None:
     """Send the last rank a signal in the first pass of its evaluation."""
     names = evaluate_module.evaluate.__wrapped__.__globals__
     real = names["language_loss"]
 
     def loss(*arguments: object) -> torch.Tensor:
         if rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         value: torch.Tensor = real(*arguments)
         return value
 
@@ -338,10 +339,18 @@ def _stop_in_evaluation(rank: int) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("ranks", "every"), [(1, None), (2, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "every", "number"),
+    [
+        (1, None, signal.SIGUSR1),
+        (1, 2, signal.SIGTERM),
+        (2, 2, signal.SIGUSR2),
+    ],
+)
 def test_a_signal_during_evaluation_is_not_left_waiting_for_its_end(
     ranks: int,
     every: int | None,
+    number: signal.Signals,
     data: PreparedData,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -350,7 +359,7 @@ def test_a_signal_during_evaluation_is_not_left_waiting_for_its_end(
     monkeypatch.setitem(names, "language_loss", names["language_loss"])  # put back after
     evaluation = EvaluationConfig(every=every, micro=1)
     config = saving(4, every=None, ranks=ranks, evaluation=evaluation)
-    stopped = run(config, data, tmp_path, _stop_in_evaluation)
+    stopped = run(config, data, tmp_path, partial(_stop_in_evaluation, number))
     assert stopped.output["stopped"] is True
     assert stopped.output["steps"] == (every or 4)
     assert stopped.output["checkpoint"].endswith(f"step_{every or 4:08d}")
