@@ -35,7 +35,7 @@ SLURM = ["submit.launcher=slurm", "submit.nodes=2"]
     [
         (["submit.nodes=0"], "submit.nodes is 0; it must be at least 1"),
         (["submit.launcher=slrum"], "did you mean 'slurm'"),
-        (["submit.partiton=x"], "did you mean 'submit.partition'"),
+        (["submit.partitions=x"], "did you mean 'submit.partition'"),
         (["submit.partition=gpu"], "submit.partition is gpu, which only Slurm knows"),
         (["submit.wait=true"], "submit.wait is True, which only Slurm knows"),
         ([*SLURM, "submit.time_limit=soon"], "submit.time_limit is 'soon'"),
