@@ -12,7 +12,12 @@ __all__ = ["run", "usage"]
 _WAYS = {
     "from_hf": ("gatewise.launch.convert_in", "a folder of transformers as a checkpoint"),
     "from_gguf": ("gatewise.launch.convert_gguf", "a GGUF file of a Llama model as a checkpoint"),
+    "from_megatron": ("gatewise.launch.convert_megatron_in", "Megatron's torch_dist checkpoint"),
     "to_hf": ("gatewise.launch.convert_out", "a checkpoint as a folder of transformers"),
+    "to_megatron": (
+        "gatewise.launch.convert_megatron_out",
+        "a checkpoint as Megatron's torch_dist",
+    ),
 }
 
 
@@ -25,7 +30,7 @@ def usage(arguments: Sequence[str]) -> str:
     """Return the help of one way, or the list of them."""
     if not arguments:
         lines = ["usage: gatewise convert WHAT [field=value ...]", ""]
-        return "\n".join(lines + [f"  {name:<10} {text}" for name, (_, text) in _WAYS.items()])
+        return "\n".join(lines + [f"  {name:<14} {text}" for name, (_, text) in _WAYS.items()])
     return str(_load(arguments).usage(arguments[1:]))
 
 

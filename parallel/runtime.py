@@ -18,6 +18,7 @@ from gatewise.parallel.dims import Groups, make_groups
 
 __all__ = [
     "Runtime",
+    "answering_for_cuda",
     "keep_freed_memory",
     "memory_mb",
     "multiplies_bf16",
@@ -94,6 +95,25 @@ def running(
         yield runtime
     finally:
         runtime.stop()
+
+
+@contextlib.contextmanager
+def answering_for_cuda() -> Iterator[None]:
+    """Answer code that asks for the CUDA device, or waits for it, where there is none.
+
+    For the time of the block, and nothing where there is a GPU. Megatron-core's distributed
+    checkpoints ask so without need (Megatron-LM pull request 6270 is about such places).
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    before = (torch.cuda.current_device, torch.cuda.synchronize)
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    try:
+        yield
+    finally:
+        torch.cuda.current_device, torch.cuda.synchronize = before
 
 
 def keep_freed_memory() -> bool:

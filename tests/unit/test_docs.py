@@ -28,6 +28,8 @@ from gatewise.launch.bench_schedule import ScheduleBenchConfig
 from gatewise.launch.cli import COMMANDS
 from gatewise.launch.convert_gguf import ConvertGgufConfig
 from gatewise.launch.convert_in import ConvertInConfig
+from gatewise.launch.convert_megatron_in import split_source
+from gatewise.launch.convert_megatron_out import MegatronOutConfig
 from gatewise.launch.convert_out import ConvertOutConfig
 from gatewise.launch.dashboard import DashboardConfig, without_push
 from gatewise.launch.doctor import DoctorConfig, without_build
@@ -50,6 +52,7 @@ LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
 MODULE = "-m gatewise.launch."
 OF_A_RUN: dict[str, Callable[[list[str]], object]] = {  # take the fields of a run
+    "convert from_megatron": lambda words: load_train_config(split_source(words)[1]),
     "train": load_train_config,
     "drill": drill.split_arguments,
     "estimate": estimate.split_arguments,
@@ -141,6 +144,7 @@ def parse(command: str) -> None:
             "convert from_hf": ConvertInConfig,
             "convert to_hf": ConvertOutConfig,
             "bench generate": GenerateBenchConfig,
+            "convert to_megatron": MegatronOutConfig,
             "bench kernels": KernelBenchConfig,
             "export": ExportConfig,
             "bench layer": LayerBenchConfig,

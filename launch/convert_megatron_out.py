@@ -1,0 +1,69 @@
+"""`gatewise convert to_megatron`: a checkpoint of ours as a distributed one of Megatron's."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gatewise.conf.compose import load_settings
+from gatewise.conf.fields import field_table
+from gatewise.launch.run_folder import RunFolder
+from gatewise.launch.session import run_session
+from gatewise.launch.usage import usage_text
+from gatewise.parallel.errors import ConfigError
+from gatewise.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from gatewise.launch.restore import Stored  # imports torch
+
+__all__ = ["MegatronOutConfig", "run", "usage"]
+
+
+@dataclass(kw_only=True, slots=True)
+class MegatronOutConfig:
+    """Settings of the command."""
+
+    checkpoint: str | None = None  # a run's folder, its checkpoints folder or one step
+    out: str | None = None  # the folder to make
+    local: bool = False  # for --transformer-impl local, without TransformerEngine
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def usage(arguments: Sequence[str]) -> str:
+    """Return the help of the command."""
+    del arguments
+    return usage_text(
+        "convert to_megatron checkpoint=PATH out=FOLDER",
+        "Write the weights as a torch_dist checkpoint, with megatron-core.",
+        field_table(MegatronOutConfig),
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Convert as the command line says and return the exit code."""
+    config = load_settings(MegatronOutConfig, arguments)
+    for name in ("checkpoint", "out"):
+        if getattr(config, name) is None:
+            raise ConfigError(f"{name} is not set; give checkpoint=PATH and out=FOLDER")
+    from gatewise.launch.restore import open_checkpoint
+
+    stored = open_checkpoint(str(config.checkpoint))
+    if stored.is_compressed:
+        raise ConfigError(
+            f"checkpoint is {config.checkpoint!r}, which is compressed; convert what it was made of"
+        )
+    folder = RunFolder.choose(config.run.dir, "convert")
+    folder.write_environment(sys.argv)
+    out = Path(str(config.out)).expanduser().absolute()
+    return run_session("convert to_megatron", folder, lambda: _convert(stored, out, config.local))
+
+
+def _convert(stored: "Stored", out: Path, local: bool) -> Mapping[str, Any]:
+    from gatewise.training.megatron.convert import hand_out
+
+    model, router = stored.config.model, stored.config.router
+    rows = int(stored.meta["vocab_size"])
+    count = hand_out(stored.path, model, router, rows, out=out, local=local)
+    print(f"{count} tensors in {out}")
+    return {"checkpoint": str(stored.path), "converted": str(out), "tensors": count}
