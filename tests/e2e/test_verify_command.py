@@ -60,7 +60,7 @@ def test_what_differs_is_named_and_the_exit_code_is_one(text: list[str], tmp_pat
     assert done.returncode == 1
     result = result_of(tmp_path / "run")
     failed = {check["name"] for check in result["checks"] if not check["passed"]}
-    assert {"gradients", "losses", "five steps"} <= failed
+    assert "gradients" in failed
     assert "checks failed: gradients against 2 ranks and 1 rank differs by" in result["error"]
 
 
