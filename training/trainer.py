@@ -240,6 +240,7 @@ class Trainer:
     def _go_on(self, progress: Progress, losses: "_Window") -> None:
         """Take the place of a checkpoint, its unfinished window included."""
         self.progress = progress
+        self.probe.restore(self.checkpoints.window, self.runtime.device)
         for name, tensor in self._window_sums(losses).items():
             saved = self.checkpoints.window.get(name)
             if saved is not None and saved.shape == tensor.shape:  # else of other metrics than ours
@@ -390,7 +391,7 @@ class Trainer:
     def _window_sums(self, losses: "_Window") -> dict[str, Tensor]:
         """Name the sums of the logging window, so that a resumed run goes on with them."""
         spikes = self.guard.spikes.state() if self.guard.spikes else {}
-        return {"losses": losses.mean, **self.meter.sums(), **spikes}
+        return {"losses": losses.mean, **self.meter.sums(), **spikes, **self.probe.state()}
 
     def _write(self, record: Mapping[str, Any]) -> None:
         for sink in self.sinks:

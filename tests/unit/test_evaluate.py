@@ -1,19 +1,20 @@
 """Loss and bits per byte, on cases that can be done by hand."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from small_models import small_model
-from training_runs import make_text
+from training_runs import make_text, run, tiny
 
 from gatewise.moe.config import ModelConfig
 from gatewise.moe.model import Decoder, DecoderOutput
 from gatewise.parallel.collectives import NO_GROUP
 from gatewise.routers.api import Routing
 from gatewise.routers.config import RouterConfig
-from gatewise.training.config import DataConfig, EvaluationConfig, Tokenizer
+from gatewise.training.config import CheckpointConfig, DataConfig, EvaluationConfig, Tokenizer
 from gatewise.training.data import PreparedData, prepare_data
 from gatewise.training.evaluate import Evaluation, evaluate
 from gatewise.training.measures.churn import RouteProbe
@@ -138,5 +139,25 @@ def test_churn_is_the_share_of_pairs_that_the_look_before_did_not_have() -> None
     assert look(probe, [[0, 1], [2, -1]]) == [0, 0]  # nothing to compare with
     assert look(probe, [[1, 0], [3, 2]]) == [6, 8]  # places do not matter, a new expert does
     assert look(probe, [[1, 0], [-1, -1]]) == [4, 4]  # what is padding or dropped does not count
+    resumed = RouteProbe()
+    assert resumed.state() == {}
+    resumed.restore(probe.state(), torch.device("cpu"))
+    assert look(resumed, [[1, 2], [-1, -1]]) == [2, 4]
     assert look(probe, [[1], [1]]) == [0, 0]
     assert probe.compare([]).tolist() == [0, 0]
+
+
+def test_a_resumed_run_compares_with_the_evaluation_before_the_stop(tmp_path: Path) -> None:
+    config = tiny(
+        6,
+        evaluation=EvaluationConfig(every=2, tokens=400, micro=4),
+        checkpoint=CheckpointConfig(every=3, asynchronous=False),
+    )
+    data = make_text(tmp_path)
+    whole = run(config, data, tmp_path / "whole")
+    place = Path("checkpoints") / "step_00000003"
+    shutil.copytree(whole.folder / place, tmp_path / "resumed" / place)
+    resumed = run(config, data, tmp_path / "resumed")
+    churn = whole.column("val/router_churn")
+    assert resumed.column("val/router_churn") == churn
+    assert len(churn) == 2
