@@ -72,8 +72,9 @@ unit: $(VENV)/.dev
 distributed: $(VENV)/.dev
 	@$(call limit,900) $(PYTEST) tests/distributed
 
+# Two files at a time: the tests of Slurm wait most of the time.
 e2e: $(VENV)/.dev
-	@$(call limit,900) $(PYTEST) tests/e2e
+	@$(call limit,1000) $(PYTEST) -n 2 --dist loadfile tests/e2e
 
 # Cheapest first; one after the other also under `make -j`. The last line is pytest's summary.
 test: $(VENV)/.dev
