@@ -24,6 +24,7 @@ from gatewise.training.state import model_ranges
 __all__ = [
     "ALONE",
     "build_empty",
+    "build_planned",
     "fill_ranges",
     "load_compressed",
     "load_whole",
@@ -53,6 +54,16 @@ def fill_ranges(path: Path, ranges: Mapping[str, Any]) -> None:
     load(path, ranges, optional_prefixes=others)
 
 
+def build_planned(
+    config: TrainConfig, vocab_size: int, path: Path, plan: Plan, groups: ExpertGroups
+) -> Decoder:
+    """Build the model of an artefact without memory, its experts spread; check all names."""
+    model = build_empty(config, vocab_size)
+    check_names(model, planned_shapes(plan), source=str(path))
+    apply_expert_parallel(model, groups)
+    return model
+
+
 def load_compressed(  # noqa: PLR0917 - as `load_packed`
     config: TrainConfig,
     vocab_size: int,
@@ -71,9 +82,7 @@ def load_compressed(  # noqa: PLR0917 - as `load_packed`
         device: where the model goes.
         groups: the ranks over which experts are spread, whole.
     """
-    model = build_empty(config, vocab_size)
-    check_names(model, planned_shapes(plan), source=str(path))
-    apply_expert_parallel(model, groups)
+    model = build_planned(config, vocab_size, path, plan, groups)
     give_memory(model, device)
     fill_model(model, path, plan, range(plan.layers + 1))
     return model.eval()

@@ -13,10 +13,10 @@ import torch
 
 from gatewise.compression.artefact import place_kept, read_tensors, take_part
 from gatewise.compression.formats import TERNARY
-from gatewise.compression.load import ALONE, build_empty, planned_shapes
+from gatewise.compression.load import ALONE, build_planned
 from gatewise.compression.plan import Part, Plan
 from gatewise.compression.quantize import Quantized
-from gatewise.compression.stream import check_names, give_memory
+from gatewise.compression.stream import give_memory
 from gatewise.moe.columns import column_statistics
 from gatewise.moe.config import Activation
 from gatewise.moe.dispatch import AllToAllDispatcher
@@ -26,7 +26,6 @@ from gatewise.moe.model import Decoder
 from gatewise.moe.ops.packed import unpack_weight
 from gatewise.moe.ops.panels import PackedWeight, pack_panels
 from gatewise.moe.packed import PackedExperts, PackedLinear
-from gatewise.moe.parallelize import apply_expert_parallel
 from gatewise.parallel.dims import ExpertGroups
 from gatewise.parallel.errors import CheckpointError
 from gatewise.routers.api import ExpertColumns
@@ -59,9 +58,7 @@ def load_packed(  # noqa: PLR0917 - as `load_compressed`
     Raises:
         CheckpointError: as `read_tensors`, or if plan and model differ.
     """
-    model = build_empty(config, vocab_size)
-    check_names(model, planned_shapes(plan), source=str(path))
-    apply_expert_parallel(model, groups)
+    model = build_planned(config, vocab_size, path, plan, groups)
     for part in plan.parts:
         _take_away(model, part)
     give_memory(model, device)

@@ -14,7 +14,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gatewise.conf.fields import Field, field_table, nearest, parse_override, unknown_name
+from gatewise.conf.fields import (
+    Field,
+    field_table,
+    nearest,
+    parse_override,
+    split_overrides,
+    unknown_name,
+)
 from gatewise.conf.schemas import GROUPS, ROUTER_KINDS, register
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import TrainConfig
@@ -23,12 +30,14 @@ __all__ = [
     "config_from_yaml",
     "config_to_yaml",
     "group_choices",
+    "load_beside",
     "load_settings",
     "load_train_config",
     "override_config",
 ]
 
 Settings = TypeVar("Settings")
+_Own = TypeVar("_Own")
 
 
 def load_train_config(overrides: Sequence[str] = ()) -> TrainConfig:
@@ -51,6 +60,22 @@ def load_train_config(overrides: Sequence[str] = ()) -> TrainConfig:
     config = _to_object(tree)
     assert isinstance(config, TrainConfig)
     return config
+
+
+def load_beside(
+    schema: type[_Own], arguments: Sequence[str], defaults: Sequence[str] = ()
+) -> tuple[_Own, TrainConfig]:
+    """Load a command's own settings, and those of the run that it is about.
+
+    Args:
+        schema: dataclass of the command's own fields, all with defaults.
+        arguments: of the command line.
+        defaults: of the run, unless the command line names the field.
+    """
+    own, rest = split_overrides(schema, arguments)
+    named = {text.lstrip("+").partition("=")[0] for text in rest}
+    kept = [text for text in defaults if text.partition("=")[0] not in named]
+    return own, load_train_config([*kept, *rest])
 
 
 def override_config(

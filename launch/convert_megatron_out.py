@@ -1,6 +1,5 @@
 """`gatewise convert to_megatron`: a checkpoint of ours as a distributed one of Megatron's."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from gatewise.conf.compose import load_settings
 from gatewise.conf.fields import field_table
-from gatewise.launch.run_folder import RunFolder
-from gatewise.launch.session import run_session
+from gatewise.launch.convert_out import hand_over
 from gatewise.launch.usage import usage_text
-from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -43,20 +40,14 @@ def usage(arguments: Sequence[str]) -> str:
 def run(arguments: Sequence[str]) -> int:
     """Convert as the command line says and return the exit code."""
     config = load_settings(MegatronOutConfig, arguments)
-    for name in ("checkpoint", "out"):
-        if getattr(config, name) is None:
-            raise ConfigError(f"{name} is not set; give checkpoint=PATH and out=FOLDER")
-    from gatewise.launch.restore import open_checkpoint
-
-    stored = open_checkpoint(str(config.checkpoint))
-    if stored.is_compressed:
-        raise ConfigError(
-            f"checkpoint is {config.checkpoint!r}, which is compressed; convert what it was made of"
-        )
-    folder = RunFolder.choose(config.run.dir, "convert")
-    folder.write_environment(sys.argv)
-    out = Path(str(config.out)).expanduser().absolute()
-    return run_session("convert to_megatron", folder, lambda: _convert(stored, out, config.local))
+    return hand_over(
+        "to_megatron",
+        config.checkpoint,
+        config.out,
+        config.run.dir,
+        lambda stored, out: _convert(stored, out, config.local),
+        if_compressed="convert what it was made of",
+    )
 
 
 def _convert(stored: "Stored", out: Path, local: bool) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -20,7 +20,7 @@ from gatewise.training.config import RunConfig
 if TYPE_CHECKING:
     from gatewise.launch.restore import Stored  # imports torch
 
-__all__ = ["ConvertOutConfig", "OutputType", "run", "usage"]
+__all__ = ["ConvertOutConfig", "OutputType", "hand_over", "run", "usage"]
 
 
 class OutputType(Enum):
@@ -61,26 +61,53 @@ def usage(arguments: Sequence[str]) -> str:
 def run(arguments: Sequence[str]) -> int:
     """Convert as the command line says and return the exit code."""
     config = load_settings(ConvertOutConfig, arguments)
-    for name in ("checkpoint", "out"):
-        if getattr(config, name) is None:
-            raise ConfigError(f"{name} is not set; give checkpoint=PATH and out=FOLDER")
+    return hand_over(
+        "to_hf",
+        config.checkpoint,
+        config.out,
+        config.run.dir,
+        lambda stored, out: _convert(config, stored, out),
+        if_compressed="use `gatewise export`",
+    )
+
+
+def hand_over(
+    way: str,
+    checkpoint: str | None,
+    out: str | None,
+    directory: str | None,
+    body: "Callable[[Stored, Path], Mapping[str, Any]]",
+    *,
+    if_compressed: str,
+) -> int:
+    """Open a checkpoint and convert it; return the exit code.
+
+    Args:
+        way: name of the conversion.
+        checkpoint: a run's folder, its checkpoints folder or one step.
+        out: the folder to make.
+        directory: of the run; None chooses one.
+        body: converts the checkpoint into the folder.
+        if_compressed: what to do with a compressed checkpoint instead.
+    """
+    if checkpoint is None or out is None:
+        name = "checkpoint" if checkpoint is None else "out"
+        raise ConfigError(f"{name} is not set; give checkpoint=PATH and out=FOLDER")
     from gatewise.launch.restore import open_checkpoint
 
-    stored = open_checkpoint(str(config.checkpoint))
+    stored = open_checkpoint(checkpoint)
     if stored.is_compressed:
-        raise ConfigError(
-            f"checkpoint is {config.checkpoint!r}, which is compressed; use `gatewise export`"
-        )
-    folder = RunFolder.choose(config.run.dir, "convert")
+        raise ConfigError(f"checkpoint is {checkpoint!r}, which is compressed; {if_compressed}")
+    folder = RunFolder.choose(directory, "convert")
     folder.write_environment(sys.argv)
-    return run_session("convert to_hf", folder, lambda: _convert(config, stored))
+    target = Path(out).expanduser().absolute()
+    return run_session(f"convert {way}", folder, lambda: body(stored, target))
 
 
-def _convert(config: ConvertOutConfig, stored: "Stored") -> Mapping[str, Any]:
+def _convert(config: ConvertOutConfig, stored: "Stored", out: Path) -> Mapping[str, Any]:
     from gatewise.launch.restore import restore_tokenizer
     from gatewise.training.interop.hand_out import hand_out
 
-    out = Path(str(config.out)).expanduser().absolute()
     own = stored.path.parent.parent
     end_of_text = restore_tokenizer(stored, fits=False).end_of_text
     written = hand_out(

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gatewise.conf.compose import config_to_yaml, load_train_config
-from gatewise.conf.fields import field_table, split_overrides
+from gatewise.conf.compose import config_to_yaml, load_beside
+from gatewise.conf.fields import field_table
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import EXIT_CRASH, EXIT_OK, run_session
 from gatewise.launch.spawn import RankFailure, run_ranks, warm_up
@@ -29,7 +29,7 @@ from gatewise.training.checkpoint_folder import find_latest, read_json
 from gatewise.training.config import TrainConfig
 from gatewise.training.sinks import JsonlSink, MetricSink, close_all, read_records
 
-__all__ = ["DrillConfig", "Shot", "run", "split_arguments", "usage"]
+__all__ = ["DrillConfig", "Shot", "run", "usage"]
 
 _DEFAULTS = (
     "experiment=tiny",
@@ -78,23 +78,15 @@ class _Tally:
     problems: list[str] = field(default_factory=list)
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[DrillConfig, TrainConfig]:
-    """Return the settings of the drill and of the run that it kills."""
-    drill, rest = split_overrides(DrillConfig, arguments)
-    named = {text.lstrip("+").partition("=")[0] for text in rest}
-    defaults = [text for text in _DEFAULTS if text.partition("=")[0] not in named]
-    return drill, load_train_config([*defaults, *rest])
-
-
 def usage(arguments: Sequence[str]) -> str:
     """Return the help of the command."""
-    _, config = split_arguments(arguments)
+    _, config = load_beside(DrillConfig, arguments, _DEFAULTS)
     return usage_text("drill", _SUMMARY, field_table(DrillConfig) | field_table(config))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Kill, start again and compare; return the exit code."""
-    drill, config = split_arguments(arguments)
+    drill, config = load_beside(DrillConfig, arguments, _DEFAULTS)
     if config.parallel.ranks < 2:
         raise ConfigError("parallel.ranks is 1; a drill kills one of several ranks, use 2 or more")
     folder = RunFolder.choose(config.run.dir, f"{config.name}_drill")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatewise.conf.compose import load_train_config
-from gatewise.conf.fields import field_table, split_overrides
+from gatewise.conf.compose import load_beside
+from gatewise.conf.fields import field_table
 from gatewise.launch.machine import memory_mb
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import run_session
@@ -33,7 +33,7 @@ from gatewise.training.config import (
     TrainConfig,
 )
 
-__all__ = ["EstimateConfig", "run", "split_arguments", "usage"]
+__all__ = ["EstimateConfig", "run", "usage"]
 
 _SUMMARY = """Compute the memory of the fullest rank before a run starts: no ranks, no model.
 Takes the fields of `train` too."""
@@ -53,21 +53,15 @@ class EstimateConfig:
             raise ConfigError(f"base_mb is {self.base_mb}; it must be at least 0 or null")
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[EstimateConfig, TrainConfig]:
-    """Return the settings of the estimate and of the run."""
-    own, rest = split_overrides(EstimateConfig, arguments)
-    return own, load_train_config(rest)
-
-
 def usage(arguments: Sequence[str]) -> str:
     """Return the help of the command."""
-    own, config = split_arguments(arguments)
+    own, config = load_beside(EstimateConfig, arguments)
     return usage_text("estimate", _SUMMARY, field_table(own) | field_table(config))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Compute, print and store the estimate; return the exit code."""
-    own, config = split_arguments(arguments)
+    own, config = load_beside(EstimateConfig, arguments)
     folder = RunFolder.choose(config.run.dir, f"{config.name}_estimate")
     return run_session("estimate", folder, lambda: _estimate(own, config, folder))
 

@@ -14,7 +14,7 @@ from gatewise.launch import report_figures as draw
 from gatewise.launch import report_maps as maps
 from gatewise.launch.report_figures import Figure
 from gatewise.launch.report_page import Missing, Section, Table, render
-from gatewise.launch.report_runs import StoredRun, read_run
+from gatewise.launch.report_runs import StoredRun, flatten, read_run
 from gatewise.launch.run_folder import RunFolder, writable
 from gatewise.launch.session import run_session
 from gatewise.launch.usage import usage_text
@@ -298,8 +298,8 @@ def _tables(run: StoredRun) -> list[Section]:
     section = Section("Settings and machine")
     for title, values, name in (
         ("Settings", run.config, "config.yaml"),
-        ("Machine and versions", _flat_text(run.environment), "environment.json"),
-        ("Result", _flat_text(run.result), "result.json"),
+        ("Machine and versions", flatten(run.environment), "environment.json"),
+        ("Result", flatten(run.result), "result.json"),
     ):
         if values:
             rows = [[key, _text(value)] for key, value in values.items()]
@@ -353,16 +353,6 @@ def _make_unique(runs: Sequence[StoredRun]) -> None:
     for run in runs:
         if names.count(run.name) > 1:
             run.name = "/".join(run.folder.resolve().parts[-2:])
-
-
-def _flat_text(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat_text(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _text(value: object) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gatewise.parallel.errors import ConfigError
 
-__all__ = ["Compression", "Span", "StoredRun", "read_run"]
+__all__ = ["Compression", "Span", "StoredRun", "flatten", "read_run"]
 
 LOAD = "experts/load_ratio"
 
@@ -103,7 +103,7 @@ def read_run(folder: Path) -> StoredRun:
             f"RUN is {str(folder)!r}, which is not a folder; give the folder of a run (run.dir)"
         )
     run = StoredRun(folder, folder.resolve().name)
-    run.config = _flat(_read_yaml(run, "config.yaml"))
+    run.config = flatten(_read_yaml(run, "config.yaml"))
     run.environment = _read_json(run, folder / "environment.json")
     run.result = _read_json(run, folder / "result.json")
     _read_records(run)
@@ -287,11 +287,12 @@ def _read_compressions(run: StoredRun) -> None:
         )
 
 
-def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

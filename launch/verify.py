@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatewise.conf.compose import load_train_config
-from gatewise.conf.fields import field_table, split_overrides
+from gatewise.conf.compose import load_beside
+from gatewise.conf.fields import field_table
 from gatewise.launch.run_folder import RunFolder
 from gatewise.launch.session import EXIT_CRASH, EXIT_OK, run_session
 from gatewise.launch.spawn import run_ranks, warm_up
@@ -27,7 +27,7 @@ from gatewise.moe.config import count_parameters
 from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.config import BalanceScope
-from gatewise.training.checkpoint_folder import read_meta, step_path
+from gatewise.training.checkpoint_folder import step_path
 from gatewise.training.config import (
     CheckpointConfig,
     EngineKind,
@@ -37,7 +37,7 @@ from gatewise.training.config import (
 )
 from gatewise.training.sinks import JsonlSink, close_all, read_records
 
-__all__ = ["Check", "VerifyConfig", "on_one_rank", "reduced", "run", "split_arguments", "usage"]
+__all__ = ["Check", "VerifyConfig", "on_one_rank", "reduced", "run", "usage"]
 
 _STEPS, _CUT = 5, 3  # steps of a run, and where it is interrupted
 _FP32 = 1e-6  # what records are rounded to, whatever the arithmetic
@@ -90,21 +90,15 @@ class Check:
         )
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[VerifyConfig, TrainConfig]:
-    """Return the settings of the comparison and of the run."""
-    own, rest = split_overrides(VerifyConfig, arguments)
-    return own, load_train_config(rest)
-
-
 def usage(arguments: Sequence[str]) -> str:
     """Return the help of the command."""
-    own, config = split_arguments(arguments)
+    own, config = load_beside(VerifyConfig, arguments)
     return usage_text("verify", _SUMMARY, field_table(own) | field_table(config))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Compare, print the table and return the exit code: 1 where a check fails."""
-    own, config = split_arguments(arguments)
+    own, config = load_beside(VerifyConfig, arguments)
     folder = RunFolder.choose(config.run.dir, f"{config.name}_verify")
     return run_session(
         "verify", folder, lambda: _verify(own, config, folder), world_size=config.parallel.ranks
@@ -308,19 +302,9 @@ def _furthest(
 
 def _tensors(folder: Path, step: int) -> dict[str, Any]:
     """Return all tensors of a checkpoint, whole."""
-    import torch
+    from gatewise.training.checkpoint_load import load_whole
 
-    from gatewise.training.checkpoint_format import FlatRange, parse_dtype
-    from gatewise.training.checkpointer import load
-
-    path = step_path(folder / "checkpoints", step)
-    specs = read_meta(path)["tensors"]
-    whole = {
-        name: torch.zeros(spec["shape"], dtype=parse_dtype(spec["dtype"]))
-        for name, spec in specs.items()
-    }
-    load(path, {name: FlatRange.whole(tensor) for name, tensor in whole.items()})
-    return whole
+    return load_whole(step_path(folder / "checkpoints", step))
 
 
 def _gradients(folder: Path, beta1: float) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from gatewise.parallel.config import ParallelConfig
 from gatewise.parallel.dims import make_groups
 from gatewise.parallel.runtime import Runtime
 from gatewise.routers.config import RouterConfig
-from gatewise.training.checkpoint_format import FlatRange, parse_dtype
-from gatewise.training.checkpointer import find_latest, load, read_meta
+from gatewise.training.checkpoint_load import load_whole
+from gatewise.training.checkpointer import find_latest
 from gatewise.training.config import (
     BatchConfig,
     DataConfig,
@@ -160,13 +160,7 @@ class Run:
         checkpoints = self.folder / "checkpoints"
         path = find_latest(checkpoints) if step is None else checkpoints / f"step_{step:08d}"
         assert path is not None
-        specs = read_meta(path)["tensors"]
-        whole = {
-            name: torch.zeros(spec["shape"], dtype=parse_dtype(spec["dtype"]))
-            for name, spec in specs.items()
-        }
-        load(path, {name: FlatRange.whole(tensor) for name, tensor in whole.items()})
-        return whole
+        return load_whole(path)
 
 
 def runtime(config: TrainConfig, rank: int = 0) -> Runtime:

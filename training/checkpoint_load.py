@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gatewise.parallel.errors import CheckpointError
 from gatewise.training.checkpoint_folder import read_meta
-from gatewise.training.checkpoint_format import FlatRange, dtype_name
+from gatewise.training.checkpoint_format import FlatRange, dtype_name, parse_dtype
 from gatewise.training.checkpoint_peers import Peers
 
-__all__ = ["load"]
+__all__ = ["load", "load_whole"]
 
 _DIFFERENCES_SHOWN = 5
 
@@ -56,6 +58,16 @@ def load(
     except Exception as problem:  # told to all ranks, which would wait for this one
         error = problem
     peers.agree(task, error)
+
+
+def load_whole(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint by name, whole and on the CPU; errors as `load`."""
+    whole = {
+        name: torch.zeros(spec["shape"], dtype=parse_dtype(spec["dtype"]))
+        for name, spec in read_meta(path)["tensors"].items()
+    }
+    load(path, {name: FlatRange.whole(tensor) for name, tensor in whole.items()})
+    return whole
 
 
 def _check_same(

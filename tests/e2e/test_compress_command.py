@@ -1,53 +1,28 @@
 """`gatewise compress` and what takes its result, as a user types it, on a small text of our own."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import CLI, environment, gatewise, result_of, write_text
 
 pytestmark = pytest.mark.dist
 
-ROOT = Path(__file__).parents[2]
-CLI = [sys.executable, "-m", "gatewise.launch.cli"]
 QUICK = ["grid.group=32", "grid.clip_steps=4", "calibration.sequences=16", "text.tokens=2000"]
-
-
-def gatewise(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*CLI, *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=600,  # a busy machine is slow, not stuck
-        check=False,
-    )
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run of `experiment=tiny` on this project's own sources."""
     folder = tmp_path_factory.mktemp("trained")
-    text = folder / "text"
-    text.mkdir()
-    for number, path in enumerate(sorted((ROOT / "training").glob("*.py"))):
-        (text / f"{number:02d}.txt").write_text(path.read_text(encoding="utf-8"))
+    text = write_text(folder, "training")
     done = gatewise(
         "train",
         "experiment=tiny",
-        f"data.path={text}",
-        f"data.cache={folder / 'cache'}",
+        *text,
         f"run.dir={folder / 'run'}",
         cwd=folder,
     )
@@ -184,7 +159,7 @@ def test_a_stopped_compression_goes_on_to_the_same_files(trained: Path, tmp_path
     process = subprocess.Popen(
         [*CLI, *arguments, f"run.dir={tmp_path / 'killed'}"],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -8,54 +8,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import CLI, environment, gatewise, losses_of, result_of, write_text
 
 from gatewise.conf.compose import config_from_yaml, load_train_config
-from gatewise.training.sinks import read_records
 
 pytestmark = pytest.mark.dist
 
-ROOT = Path(__file__).parents[2]
-CLI = [sys.executable, "-m", "gatewise.launch.cli"]
 TWO_RANKS = ["parallel.ranks=2", "parallel.expert=2"]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return settings of a text of some 300 kB: this project's own sources."""
-    folder = tmp_path_factory.mktemp("text")
-    for number, path in enumerate(sorted((ROOT / "training").glob("*.py"))):
-        (folder / f"{number:02d}.txt").write_text(path.read_text(encoding="utf-8"))
-    return [f"data.path={folder}", f"data.cache={folder.parent / 'cache'}"]
-
-
-def gatewise(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*CLI, *arguments],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-
-
-def environment() -> dict[str, str]:
-    without_key = {"WANDB_API_KEY": "", "NETRC": "/nonexistent"}
-    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **without_key}
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
-
-
-def losses_of(folder: Path) -> dict[int, float]:
-    records = read_records(folder / "metrics.jsonl")
-    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+    """Return settings of a text: this project's own sources."""
+    return write_text(tmp_path_factory.mktemp("text"), "training")
 
 
 @pytest.fixture(scope="module")

@@ -1,44 +1,19 @@
 """`gatewise verify` and `gatewise drill`: what is right passes, what is wrong is named."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import gatewise, result_of, write_text
 
 pytestmark = pytest.mark.dist
 
-ROOT = Path(__file__).parents[2]
 TWO = ["experiment=tiny", "parallel.ranks=2", "parallel.expert=2"]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return settings of a short text."""
-    folder = tmp_path_factory.mktemp("text")
-    for number, path in enumerate(sorted((ROOT / "routers").glob("*.py"))):
-        (folder / f"{number:02d}.txt").write_text(path.read_text(encoding="utf-8"))
-    return [f"data.path={folder}", f"data.cache={folder.parent / 'cache'}"]
-
-
-def gatewise(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gatewise.launch.cli", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
+    """Return settings of a text: this project's own sources."""
+    return write_text(tmp_path_factory.mktemp("text"), "routers")
 
 
 def test_a_layout_is_one_rank_in_gradients_steps_resume_and_other_layouts(

@@ -9,7 +9,7 @@ import pytest
 from training_runs import make_text, run, tiny
 
 from gatewise.compression.config import CompressConfig
-from gatewise.conf.compose import load_settings, load_train_config, override_config
+from gatewise.conf.compose import load_beside, load_settings, load_train_config, override_config
 from gatewise.conf.fields import field_table
 from gatewise.launch import (
     analyze,
@@ -54,9 +54,9 @@ MODULE = "-m gatewise.launch."
 OF_A_RUN: dict[str, Callable[[list[str]], object]] = {  # take the fields of a run
     "convert from_megatron": lambda words: load_train_config(split_source(words)[1]),
     "train": load_train_config,
-    "drill": drill.split_arguments,
-    "estimate": estimate.split_arguments,
-    "verify": verify.split_arguments,
+    "drill": lambda words: load_beside(drill.DrillConfig, words),
+    "estimate": lambda words: load_beside(estimate.EstimateConfig, words),
+    "verify": lambda words: load_beside(verify.VerifyConfig, words),
 }
 
 
