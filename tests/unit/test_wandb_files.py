@@ -37,6 +37,17 @@ def quiet_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
 
+def wait_for_log(path: Path) -> None:
+    """Wait for the client's own process, which may still write when `finish` has returned."""
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(ValueError):  # not even begun
+            if read_wandb_file(path).is_finished:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 class Training:
     """Writes the records of a run whose numbers follow from the step, in starts that may die."""
 
@@ -62,6 +73,7 @@ class Training:
             sinks[1]._run.finish()  # type: ignore[attr-defined]
             sinks.pop()
         close_all(sinks)
+        wait_for_log(find_wandb_files(self.folder)[-1])
 
     def files(self) -> list[WandbFile]:
         return [read_wandb_file(path) for path in find_wandb_files(self.folder)]
