@@ -101,6 +101,24 @@ class SlurmCluster:
             time.sleep(0.3)
         return states
 
+    def bring_back(self, node: str) -> None:
+        """Put a node that was set down back to work.
+
+        Slurm may do that by itself at any moment, when the node registers again: what counts is
+        the node's state, not what an update that came too late says.
+        """
+        deadline = time.monotonic() + 30
+        while "down" in self.call("sinfo", "-h", "-n", node, "-o", "%T"):
+            assert time.monotonic() < deadline, self.logs()
+            subprocess.run(
+                ("scontrol", "update", f"nodename={node}", "state=resume"),
+                env={**os.environ, **self.environment},
+                capture_output=True,
+                timeout=60,
+                check=False,
+            )
+            time.sleep(0.3)
+
     def logs(self) -> str:
         """Return the ends of the daemons' logs."""
         files = sorted(self.root.glob("*.log"))

@@ -187,9 +187,7 @@ def test_a_job_survives_a_node_that_goes_down(
     try:
         wait_until(lambda: cluster.job(job)["Restarts"] == "1", folder)
     finally:
-        # a node that has registered again in the meantime is back already
-        if "down" in cluster.call("sinfo", "-h", "-n", "n2", "-o", "%T"):
-            cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+        cluster.bring_back("n2")
     printed = finish(cluster, job, folder)
     assert re.search(r"going on after step \d+", printed)
     assert losses(folder) == pytest.approx(undisturbed, rel=1e-6)
