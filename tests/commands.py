@@ -9,7 +9,16 @@ from typing import Any
 
 from gatewise.training.sinks import read_records
 
-__all__ = ["CLI", "ROOT", "environment", "gatewise", "losses_of", "result_of", "write_text"]
+__all__ = [
+    "CLI",
+    "ROOT",
+    "environment",
+    "gatewise",
+    "losses_of",
+    "ranks_of",
+    "result_of",
+    "write_text",
+]
 
 ROOT = Path(__file__).parents[1]
 CLI = [sys.executable, "-m", "gatewise.launch.cli"]
@@ -53,3 +62,16 @@ def losses_of(folder: Path) -> dict[int, float]:
     """Return the training loss of each recorded step."""
     records = read_records(folder / "metrics.jsonl")
     return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Return the processes that torchrun started for a run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if f"run.dir={folder}" in words and "-u" in words:  # as torchrun starts its ranks
+            found.append(int(path.parent.name))
+    return found
