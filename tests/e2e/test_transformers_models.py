@@ -74,6 +74,9 @@ def test_a_sharded_model_in_bf16_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 TRAINED = {
     "llama": ["model.num_experts=0", "model.qk_norm=false", "model.tie_embeddings=true"],
+    "mistral": ["model.num_experts=0", "model.qk_norm=false", "model.attention.window=9"],
+    "qwen2": ["model.num_experts=0", "model.qk_norm=false", "model.attention.qkv_bias=true"],
+    "qwen3": ["model.num_experts=0", "model.attention.window=9", "model.attention.full_every=2"],
     "mixtral": ["model.qk_norm=false"],
     "qwen3_moe": ["model.attention.head_width=12", "model.dense_layers=1"],
     "olmoe": ["model.attention.norm_whole=true", "router.renormalise=false"],

@@ -28,7 +28,9 @@ class Family:
     window: Literal["none", "every layer", "by layer"] = "none"
     dense_layers: Literal["none", "first", "any"] = "none"
     shared: Literal["none", "gated", "plain"] = "none"
-    norm_eps: float = 1e-6  # where config.json has none
+    norm_eps: float = 1e-6  # this, the base and the window where config.json has none
+    rope_base: float = 10000.0
+    window_size: int | None = None
     always_renormalises: bool = False
     balance_bias: bool = False  # sigmoid scores with a bias that balances, groups, a scale
     clamped: bool = False  # gpt-oss: clamped experts with biases, sinks, a bias of the router
@@ -38,8 +40,21 @@ FAMILIES = {
     family.kind: family
     for family in (
         Family("llama", "LlamaForCausalLM", experts=False, biases="all"),
-        Family("mistral", "MistralForCausalLM", experts=False, window="every layer"),
-        Family("qwen2", "Qwen2ForCausalLM", experts=False, biases="qkv", window="by layer"),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            experts=False,
+            window="every layer",
+            window_size=4096,
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            experts=False,
+            biases="qkv",
+            window="by layer",
+            window_size=4096,
+        ),
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
@@ -47,12 +62,14 @@ FAMILIES = {
             norm="head",
             biases="all",
             window="by layer",
+            window_size=4096,
         ),
         Family(
             "mixtral",
             "MixtralForCausalLM",
             window="every layer",
             norm_eps=1e-5,
+            rope_base=1e6,
             always_renormalises=True,
         ),
         Family("olmoe", "OlmoeForCausalLM", norm="whole", biases="all", norm_eps=1e-5),
@@ -61,6 +78,7 @@ FAMILIES = {
             "Qwen2MoeForCausalLM",
             biases="qkv or none",
             window="by layer",
+            window_size=4096,
             dense_layers="any",
             shared="gated",
         ),
@@ -70,6 +88,7 @@ FAMILIES = {
             norm="head",
             biases="all",
             window="every layer",
+            window_size=4096,
             dense_layers="any",
         ),
         Family(
@@ -85,7 +104,9 @@ FAMILIES = {
             "GptOssForCausalLM",
             biases="all",
             window="by layer",
+            window_size=128,
             norm_eps=1e-5,
+            rope_base=150000.0,
             always_renormalises=True,
             clamped=True,
         ),

@@ -84,9 +84,7 @@ def _model(family: Family, record: Record) -> ModelConfig:
     layers, hidden = int(record["num_hidden_layers"]), int(record["hidden_size"])
     heads = int(record["num_attention_heads"])
     kv_heads = record.get("num_key_value_heads") or heads
-    experts: dict[str, Any] = {"num_experts": 0, "dense_width": int(record["intermediate_size"])}
-    if family.experts:
-        experts = _experts(family, record, layers)
+    experts = _experts(family, record, layers) if family.experts else _dense(record)
     return ModelConfig(
         layers=layers,
         hidden=hidden,
@@ -101,6 +99,11 @@ def _model(family: Family, record: Record) -> ModelConfig:
         **_rope(family, record),
         **experts,
     )
+
+
+def _dense(record: Record) -> dict[str, Any]:
+    """Return the fields of a model without experts."""
+    return {"num_experts": 0, "dense_width": int(record["intermediate_size"])}
 
 
 def _experts(family: Family, record: Record, layers: int) -> dict[str, Any]:
@@ -158,6 +161,9 @@ def _pattern(moe: list[int], layers: int) -> dict[str, int]:
 
 def _attention(family: Family, record: Record, layers: int) -> AttentionConfig:
     if family.norm == "latent":
+        for name, wanted in (("rope_interleave", True), ("attention_bias", False)):
+            if bool(record.get(name, wanted)) != wanted:
+                raise ValueError(f"{name} is {record[name]}; this version supports {wanted} only")
         return AttentionConfig(
             latent=LatentConfig(
                 rank=int(record["kv_lora_rank"]),
@@ -187,12 +193,17 @@ def _attention(family: Family, record: Record, layers: int) -> AttentionConfig:
 
 def _window(family: Family, record: Record, layers: int) -> tuple[int | None, int]:
     """Return the window, and which layers see everything."""
-    size = record.get("sliding_window", 128 if family.clamped else None)
+    size = record.get("sliding_window", family.window_size)
     used = record.get("use_sliding_window", not family.kind.startswith("qwen"))
     if not size or not used or family.window == "none":
         return None, 0
     kinds = record.get("layer_types")
     if kinds is not None and family.window == "by layer":
+        if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+            raise ValueError(
+                f"layer_types is {kinds}; it must say full_attention or sliding_attention of each "
+                f"of the {layers} layers"
+            )
         narrow = [layer for layer in range(layers) if kinds[layer] == "sliding_attention"]
     else:
         narrow = [layer for layer in range(layers) if _is_narrow(family, record, layer)]
@@ -219,11 +230,12 @@ def _is_narrow(family: Family, record: Record, layer: int) -> bool:
 
 def _rope(family: Family, record: Record) -> dict[str, Any]:
     """Return base and scaling of the rotary positions, from either form."""
-    stated = record.get("rope_parameters") or record.get("rope_scaling") or {}
+    stated = record.get("rope_scaling") or record.get("rope_parameters") or {}
+    if family.clamped and not stated:
+        stated = _GPT_OSS_ROPE
     if any(isinstance(value, dict) for value in stated.values()):
         raise ValueError("rope_parameters differ between layers, which this version has not")
-    usual = 150000.0 if family.clamped else 10000.0
-    base = float(stated.get("rope_theta") or record.get("rope_theta") or usual)
+    base = float(stated.get("rope_theta") or record.get("rope_theta") or family.rope_base)
     kind = stated.get("rope_type") or stated.get("type") or "default"
     if stated.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor is not 1; this version rotates whole heads")
@@ -231,8 +243,11 @@ def _rope(family: Family, record: Record) -> dict[str, Any]:
         return {"rope_base": base}
     if kind not in ("linear", "llama3", "yarn"):
         raise ValueError(f"rope type is {kind!r}; this version knows default, linear, llama3, yarn")
+    if family.norm == "latent" and kind != "yarn" and stated.get("mscale_all_dim"):
+        raise ValueError(f"rope type is {kind} with mscale_all_dim, which is known with yarn only")
     found: dict[str, Any] = {"scaling": RopeScaling[kind], "factor": stated.get("factor")}
-    original = stated.get("original_max_position_embeddings")
+    name = "original_max_position_embeddings"
+    original = record.get(name) or stated.get(name)
     longest = int(record.get("max_position_embeddings") or 0)
     if kind != "linear":
         found["original_length"] = int(original or longest)
@@ -244,6 +259,13 @@ def _rope(family: Family, record: Record) -> dict[str, Any]:
     return {"rope_base": base, "rope": RopeConfig(**found)}
 
 
+# What a config.json of gpt-oss means that says nothing of positions.
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 # Our names of the further settings of each kind of scaling, and theirs.
 ROPE_NAMES = {
     "linear": dict[str, str](),
@@ -272,13 +294,13 @@ def _router(family: Family, record: Record, model: ModelConfig) -> RouterConfig:
             "nothing and is not supported"
         )
     if family.balance_bias:
-        groups = int(record.get("n_group") or 1)
+        groups = int(record.get("n_group", 8) or 1)
         return RouterConfig(
             score=ScoreFunction.sigmoid,
             renormalise=renormalise,
             scale=float(record.get("routed_scaling_factor", 2.5)),
             num_groups=groups,
-            top_groups=int(record.get("topk_group") or 1) if groups > 1 else 1,
+            top_groups=int(record.get("topk_group", 4) or 1) if groups > 1 else 1,
             bias_rate=0.001,
             balance_loss=0.0001,
             balance_scope=BalanceScope.sequence,
