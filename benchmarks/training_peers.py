@@ -9,13 +9,16 @@ clipping and update. Ours are the trainer's steps; costs are measured by the ran
 and each policy plans from them. `deepspeed` is the same decoder with `deepspeed.moe.layer.MoE`
 under DeepSpeed's engine (ZeRO stage 0), dropless as ours are; `deepspeed_drop` has capacity factor
 1. Candidates take turns in every trial (A B C, C B A, ...); a step lasts as long as on its slowest
-rank. Prints a table and writes all times.
+rank. Prints a table and writes all times, and what a step took of the processors, over all ranks:
+divided by the cores that is the least it can last. With `--device-gmacs` the experts of all
+candidates sleep instead of computing (`emulated_experts.py`), as on devices of their own.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from emulated_experts import SleepingFeedForward, emulate_experts
 from torch import Tensor, nn
 
 from gatewise.launch.bench_schedule import parse_links
@@ -55,6 +59,7 @@ from gatewise.training.step import language_loss
 from gatewise.training.trainer import Trainer
 
 RANKS, NODE = 4, 2
+_GMACS = "experts sleep as on a device of so many 1e9 multiply-adds a second; 0: they compute"
 Step = Callable[[], None]
 
 
@@ -90,15 +95,22 @@ class DeepSpeedLayer(nn.Module):
     Args:
         config: sizes.
         drops: capacity factor 1 instead of padding to the fullest expert.
+        gmacs: of an emulated device on which the experts work; 0: they compute here.
     """
 
-    def __init__(self, config: ModelConfig, *, drops: bool) -> None:
+    def __init__(self, config: ModelConfig, *, drops: bool, gmacs: float) -> None:
         super().__init__()
         from deepspeed.moe.layer import MoE
 
+        sizes = (config.hidden, config.expert_width, config.activation)
+        expert = FeedForward(*sizes)
+        if gmacs:
+            expert = SleepingFeedForward(*sizes)
+            each = sum(weight.numel() for weight in expert.parameters())
+            expert.seconds_per_row = each / (gmacs * 1e9)
         self.layer = MoE(
             hidden_size=config.hidden,
-            expert=FeedForward(config.hidden, config.expert_width, config.activation),
+            expert=expert,
             num_experts=config.num_experts,
             ep_size=RANKS,
             k=config.top_k,
@@ -118,7 +130,9 @@ class DeepSpeedLayer(nn.Module):
         return y_TD, None, context
 
 
-def deepspeed_step(config: TrainConfig, data: PreparedData, rank: int, *, drops: bool) -> Step:
+def deepspeed_step(
+    config: TrainConfig, data: PreparedData, rank: int, *, drops: bool, gmacs: float
+) -> Step:
     """Return a training step of the decoder with DeepSpeed's layers and engine."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -138,7 +152,7 @@ def deepspeed_step(config: TrainConfig, data: PreparedData, rank: int, *, drops:
     )
     layers = []
     for block in model.blocks:
-        layers.append(DeepSpeedLayer(config.model, drops=drops))
+        layers.append(DeepSpeedLayer(config.model, drops=drops, gmacs=gmacs))
         block.feed_forward = layers[-1]
     optim = config.optim
     groups = split_params_into_different_moe_groups_for_optimizer(
@@ -192,6 +206,8 @@ def bench_rank(
     """Be one rank: build all candidates and run them in turns."""
     torch.set_num_threads(1)
     keep_freed_memory()
+    if options.device_gmacs:
+        emulate_experts(options.device_gmacs)
     if nodes:
         enter_node(nodes[place.rank // NODE])
         os.environ["GLOO_SOCKET_IFNAME"] = PORT  # a node's own address is reached over its lo
@@ -223,7 +239,7 @@ def bench_rank(
     if place.rank == 0:
         write_profile(profile, path)
     dist.barrier()
-    for policy in options.policies.split(","):
+    for policy in options.policies.split(",") if options.policies else ():
         asked = ScheduleConfig(policy=policy, profile=str(path), refit=None)
         made = trainer(asked, policy)
         steps[policy], plans[policy] = our_step(made), str(made.lanes.plan)
@@ -234,23 +250,33 @@ def bench_rank(
         plans[f"whole_block_{count}"] = str(made.lanes.plan)
     for name in options.peers.split(",") if options.peers else ():
         drops = name == "deepspeed_drop"
-        steps[name] = deepspeed_step(config, data, place.rank, drops=drops)
+        peer = deepspeed_step(config, data, place.rank, drops=drops, gmacs=options.device_gmacs)
+        steps[name] = peer
+    return {"plans": plans, **take_turns(steps, options.trials, rank=place.rank)}
+
+
+def take_turns(steps: dict[str, Step], trials: int, *, rank: int) -> dict[str, Any]:
+    """Run all candidates in turns; times are of the slowest rank, processors' of all."""
     ms: dict[str, list[float]] = {name: [] for name in steps}
+    cores: dict[str, list[float]] = {name: [] for name in steps}
     loads = []
     order_of = list(steps)
-    for trial, order in enumerate(trial_orders(len(steps), options.trials + 1)):
+    for trial, order in enumerate(trial_orders(len(steps), trials + 1)):
         for index in order:
             dist.barrier()
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             steps[order_of[index]]()
             took = torch.tensor(1e3 * (time.perf_counter() - began), dtype=torch.float64)
+            busy = torch.tensor(1e3 * (time.process_time() - used), dtype=torch.float64)
             dist.all_reduce(took, dist.ReduceOp.MAX)
+            dist.all_reduce(busy)
             if trial:  # the first one warms up
                 ms[order_of[index]].append(float(took))
+                cores[order_of[index]].append(float(busy))
         loads.append(os.getloadavg()[0])
-        if place.rank == 0:
-            print(f"trial {trial} of {options.trials}", flush=True)
-    return {"ms": ms, "plans": plans, "loads": loads}
+        if rank == 0:
+            print(f"trial {trial} of {trials}", flush=True)
+    return {"ms": ms, "processor_ms": cores, "loads": loads}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -258,7 +284,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--links", default="400/1600", help="Mbit/s between nodes / within one")
     parser.add_argument("--loopback", action="store_true", help="no namespaces, no links")
-    parser.add_argument("--policies", default="tutel,fsmoe,search,auto")
+    parser.add_argument("--policies", default="tutel,fsmoe,search,auto", help="empty: none")
     parser.add_argument("--parts", default="2,4", help="of whole_block; empty: none")
     parser.add_argument("--peers", default="deepspeed,deepspeed_drop", help="empty: none")
     parser.add_argument("--trials", type=int, default=20)
@@ -267,6 +293,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--expert-width", type=int, default=512)
     parser.add_argument("--expert-shard", type=int, default=1, help="2: a node splits each expert")
+    parser.add_argument("--device-gmacs", type=float, default=0.0, help=_GMACS)
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--sequences", type=int, default=4, help="of a rank")
     parser.add_argument("--timeout", type=float, default=300.0)
@@ -297,10 +324,12 @@ def main(arguments: list[str]) -> None:
         middle, low, high = median_interval(times)
         row = {"name": name, "step_ms": middle, "ci95_ms": [low, high], "trials_ms": times}
         row["speedup_vs_serial"] = list(paired_speedup(serial, times))
+        row["processor_ms"] = statistics.median(result["processor_ms"][name])
         row["plan"] = result["plans"].get(name, "")
         rows.append(row)
         print(
-            f"{name:<16}{middle:9.1f} ms ({low:.1f}-{high:.1f})   "
+            f"{name:<16}{middle:9.1f} ms ({low:.1f}-{high:.1f}; "
+            f"{row['processor_ms']:.0f} of processors)   "
             "{:.2f} ({:.2f}-{:.2f}) times serial   ".format(*row["speedup_vs_serial"])
             + row["plan"]
         )

@@ -11,7 +11,7 @@ from gatewise.moe.config import ModelConfig
 from gatewise.parallel.config import ParallelConfig, divisors
 from gatewise.parallel.errors import ConfigError
 from gatewise.routers.ahead.config import Exchange
-from gatewise.routers.config import RouterConfig, Selector
+from gatewise.routers.config import BalanceScope, RouterConfig, Selector
 from gatewise.training.deepspeed_config import DeepSpeedConfig, EngineKind, check_deepspeed
 from gatewise.training.guard_config import (
     FaultConfig,
@@ -352,7 +352,20 @@ class TrainConfig:
                 "sequences of a rank's micro-batch; schedule.policy=whole_block cuts between "
                 f"sequences: choose from {divisors(sequences)}"
             )
-        lacks = {
+        if sequences < 2:
+            raise ConfigError(
+                "schedule.policy is whole_block, which cuts between sequences, and a rank's "
+                "micro-batch has 1; raise batch.sequences or batch.micro"
+            )
+        for name in self.excludes_parts():
+            raise ConfigError(
+                f"schedule.policy is whole_block, which cannot have {name}; leave that out, "
+                "or choose a policy of one layer, as fsmoe"
+            )
+
+    def excludes_parts(self) -> list[str]:
+        """Return the settings with which parts of a micro-batch cannot travel side by side."""
+        found = {
             "recompute": self.recompute,
             "parallel.tensor above 1": self.parallel.tensor > 1,
             "parallel.dispatch other than direct": self.parallel.dispatch != "direct",
@@ -360,12 +373,16 @@ class TrainConfig:
             "model.clamped_experts": self.model.clamped_experts,
             "router.selector=soft": self.router.selector is Selector.soft,
         }
-        for name, asked in lacks.items():
-            if asked:
-                raise ConfigError(
-                    f"schedule.policy is whole_block, which cannot have {name}; leave that out, "
-                    "or choose a policy of one layer, as fsmoe"
-                )
+        return [name for name, is_set in found.items() if is_set]
+
+    def feels_parts(self) -> bool:
+        """Return whether a step's numbers depend on where a micro-batch is cut."""
+        router = self.router
+        losses = (router.importance_loss, router.load_loss, router.batch_entropy_loss)
+        per_batch = router.balance_loss > 0 and router.balance_scope is BalanceScope.micro_batch
+        return (
+            self.model.capacity.factor is not None or router.competing or per_batch or any(losses)
+        )
 
     def _check_layout(self) -> None:
         experts, tensor = self.model.num_experts, self.parallel.tensor

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gatewise.moe.config import Activation
+from gatewise.moe.planning.beside import propose_beside
 from gatewise.moe.planning.block import Workload, block_work
 from gatewise.moe.planning.policies import LAYER_POLICIES, Pass, Problem, Proposal
 from gatewise.moe.planning.shapes import ModelShape
@@ -37,9 +38,10 @@ class TrainingSchedule:
 
     def __str__(self) -> str:
         if self.parts > 1:
-            return f"{self.policy}, {self.parts} parts of a micro-batch side by side"
-        forward, backward = self.schedule.forward.chunks, self.schedule.backward.chunks
-        text = f"{self.policy}, {forward} chunks forward, {backward} backward"
+            text = f"{self.policy}, {self.parts} parts of a micro-batch side by side"
+        else:
+            forward, backward = self.schedule.forward.chunks, self.schedule.backward.chunks
+            text = f"{self.policy}, {forward} chunks forward, {backward} backward"
         return f"{text} ({self.note})" if self.note else text
 
 
@@ -75,8 +77,7 @@ def plan_schedule(
     """
     asked = config.schedule
     if asked.parts > 1:
-        serial = Schedule.serial(is_sharded=config.parallel.expert_shard > 1)
-        return TrainingSchedule(asked.policy, serial, {}, parts=asked.parts)
+        return _side_by_side(config, asked.parts)
     if profile is None:
         schedule = stated_schedule(
             asked.policy, *asked.chunks, is_sharded=config.parallel.expert_shard > 1
@@ -85,10 +86,21 @@ def plan_schedule(
     problem = layer_problem(config, profile, number_bytes)
     if asked.policy == "auto":
         names = (*LAYER_POLICIES, "search")
-        proposal = choose([propose(name, problem) for name in names])
+        beside = () if config.excludes_parts() or config.feels_parts() else propose_beside(problem)
+        proposal = choose([*(propose(name, problem) for name in names), *beside])
+    elif asked.policy == "whole_block":
+        proposal = min(propose_beside(problem), key=lambda proposal: proposal.predicted_ms)
     else:
         proposal = propose(asked.policy, problem)
+    if proposal.policy == "whole_block":
+        return _side_by_side(config, proposal.chunks("forward"), proposal.note)
     return _of_layer(proposal, problem, is_sharded=profile.layout.shard > 1)
+
+
+def _side_by_side(config: TrainConfig, parts: int, note: str = "") -> TrainingSchedule:
+    """Return the schedule of parts side by side, each of which a layer takes in one piece."""
+    serial = Schedule.serial(is_sharded=config.parallel.expert_shard > 1)
+    return TrainingSchedule("whole_block", serial, {}, note=note, parts=parts)
 
 
 def run_layout(config: TrainConfig) -> Layout:
@@ -132,6 +144,7 @@ def layer_problem(config: TrainConfig, profile: Profile, number_bytes: int) -> P
         work,
         profile.interference,
         min(config.schedule.max_chunks, tokens),
+        blocks=len(config.model.moe_layers()),
         sequences=sequences,
         micro_batches=share // sequences,
     )

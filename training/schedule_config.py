@@ -15,7 +15,7 @@ POLICIES = ("auto", "serial", *STATED_POLICIES, "search", "whole_block")
 class ScheduleConfig:
     """How much of the communication hides behind computation; docs/schedule.md."""
 
-    policy: str = "serial"  # auto, or a policy of one layer
+    policy: str = "serial"  # auto chooses by costs
     profile: str | None = None  # file of costs, or "measure" them at the start; None: state chunks
     chunks_forward: int | None = None  # parts of a micro-batch's tokens; None: planned
     chunks_backward: int | None = None  # None: planned, or as many as forward
@@ -56,7 +56,7 @@ class ScheduleConfig:
 
     @property
     def parts(self) -> int:
-        """Parts of a micro-batch that travel side by side."""
+        """Stated parts of a micro-batch that travel side by side; a profile plans them."""
         return self.chunks_forward or 1 if self.policy == "whole_block" else 1
 
     @property
@@ -67,11 +67,11 @@ class ScheduleConfig:
 
     def _check_parts(self) -> None:
         forward, backward = self.chunks
-        if self.profile is not None or self.chunks_forward is None or forward < 2:
+        if self.profile is None and (self.chunks_forward is None or forward < 2):
             raise ConfigError(
-                "schedule.policy is whole_block, which does not plan from costs in training; state "
-                "schedule.chunks_forward, the parts of a micro-batch that travel side by side: at "
-                "least 2, and leave schedule.profile out"
+                "schedule.policy is whole_block but neither schedule.profile nor the parts of a "
+                "micro-batch that travel side by side are given; set schedule.profile=measure, or "
+                "schedule.chunks_forward to 2 or more"
             )
         if forward != backward:
             raise ConfigError(

@@ -57,6 +57,7 @@ class ScheduledLayers:
     ) -> None:
         self._model, self._engine, self._config = model, engine, config
         self._runtime, self._folder, self._dtype = runtime, folder, dtype
+        self._sinks = [layer.experts.sinks for layer in model.moe_layers()]
         self._meter = LaneMeter(runtime, folder, trace=config.schedule.trace)
         self._lanes = lanes_for(runtime.device)
         self._steps = config.schedule.refit
@@ -127,9 +128,9 @@ class ScheduledLayers:
         plan = plan_schedule(config, profile, number_bytes=self._dtype.itemsize)
         apply_schedule(self._model, plan.schedule, Execution(self._lanes, self.recorder))
         self._engine.place_slices(self._model, plan.window_bytes)
-        if plan.parts > 1:  # every part has a gradient of its own, which autograd adds up
-            for layer in self._model.moe_layers():
-                layer.experts.sinks = None
+        for layer, sinks in zip(self._model.moe_layers(), self._sinks, strict=True):
+            # every part has a gradient of its own, which autograd adds up
+            layer.experts.sinks = None if plan.parts > 1 else sinks
         self._watch = None
         if plan.predicted and self._steps is not None and not config.recompute:
             control = self._runtime.groups.control

@@ -22,7 +22,7 @@ from gatewise.moe.side_by_side import forward_side_by_side
 from gatewise.parallel.dims import Groups
 from gatewise.parallel.schedule.recorder import Recorder
 from gatewise.routers.ahead.config import Exchange
-from gatewise.routers.api import Demand, NoiseKey, Routing, RoutingContext
+from gatewise.routers.api import Demand, Load, NoiseKey, Routing, RoutingContext
 from gatewise.routers.balance import global_balance_loss
 from gatewise.routers.router import ComposedRouter
 from gatewise.training.engine import Engine
@@ -103,16 +103,18 @@ def train_step(
     for first in range(0, len(micro_batches), beside):
         group = range(first, first + beside)
         outputs = _run_model(model, micro_batches, noise, plans, group)
-        total = torch.zeros((), device=loss.device)
+        # the load of what travels side by side is balanced as that of one micro-batch
+        losses = balance.add([output.routings for output in outputs])
+        total = sum(losses.values(), torch.zeros((), device=loss.device)) * share * len(group)
+        for name, part in losses.items():
+            extra[name] = extra.get(name, 0) + part.detach() * share * len(group)
         for index, output in zip(group, outputs, strict=True):
             target_BS = model.split.own(micro_batches[index][:, 1:])
             mean = language_loss(model, output, target_BS) / target_BS.numel()
-            parts = _sum_losses(output.routings)
-            if output.routings:
-                parts |= balance.add(output.routings)
-            total = total + (mean + sum(parts.values(), torch.zeros_like(mean))) * share
+            losses = _sum_losses(output.routings)
+            total = total + (mean + sum(losses.values(), torch.zeros_like(mean))) * share
             loss += mean.detach() * share
-            for name, part in parts.items():
+            for name, part in losses.items():
                 extra[name] = extra.get(name, 0) + part.detach() * share
             meter.add(output.routings)
         engine.backward(total, last=first + beside >= len(micro_batches))
@@ -179,11 +181,15 @@ class _GlobalBalance:
         self._margin_LEM: Tensor | None = None
         self._tokens = torch.zeros(())
 
-    def add(self, routings: Sequence[Routing]) -> dict[str, Tensor]:
-        """Count a micro-batch; return its part of the global-batch loss, if there is one."""
+    def add(self, routings: Sequence[Sequence[Routing]]) -> dict[str, Tensor]:
+        """Count a micro-batch; return its part of the global-batch loss, if there is one.
+
+        Args:
+            routings: of each of the parts of the micro-batch, those of all layers.
+        """
         if not (self._has_loss or self._moves):
             return {}
-        loads = [routing.load for routing in routings if routing.load is not None]
+        loads = [_whole_load(layer) for layer in zip(*routings, strict=True)]
         count_LE = torch.stack([load.count_E for load in loads])
         first = loads[0]
         if first.margin_EM is not None:
@@ -220,6 +226,20 @@ class _GlobalBalance:
         if self._margin_LEM is not None and self._groups.control.handle is not None:
             dist.all_reduce(self._margin_LEM, group=self._groups.control.handle)
         return Demand(self._count_LE, self._tokens, self._margin_LEM)
+
+
+def _whole_load(routings: Sequence[Routing]) -> Load:
+    """Return one layer's load over the parts of a micro-batch."""
+    loads = [routing.load for routing in routings if routing.load is not None]
+    if len(loads) == 1:
+        return loads[0]
+    margins = [load.margin_EM for load in loads if load.margin_EM is not None]
+    return Load(
+        torch.stack([load.count_E for load in loads]).sum(0),
+        torch.stack([load.score_E for load in loads]).sum(0),
+        torch.stack([load.tokens for load in loads]).sum(0),
+        torch.stack(margins).sum(0) if margins else None,
+    )
 
 
 def _sum_losses(routings: Sequence[Routing]) -> dict[str, Tensor]:

@@ -323,7 +323,7 @@ class Trainer:
             stop=self.stop_requested,
             measure=measure,
             recorder=self.lanes.recorder,
-            beside=config.schedule.parts,
+            beside=self.lanes.plan.parts,
             spikes=self.guard.spikes,
         )
         progress.step += 1
@@ -336,7 +336,7 @@ class Trainer:
         config = self.config
         groups = self.runtime.groups
         share = config.batch.sequences // groups.readers
-        micro = (config.batch.micro or share) // config.schedule.parts
+        micro = (config.batch.micro or share) // self.lanes.plan.parts
         first = self.progress.sample + self.runtime.rank // groups.tensor.size * share
         batches, keys = [], []
         for start in range(first, first + share, micro):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from gatewise.moe.planning.block import BACKWARD_TABLE, FORWARD_TABLE, stages_of
+from gatewise.moe.planning.beside import beside_pass, chain
 from gatewise.moe.planning.policies import (
     LAYER_POLICIES,
     Pass,
@@ -109,51 +109,22 @@ def _listed(stages: Iterable[Stage], amounts: Mapping[str, Amount], chunks: int)
     return Pass(graph, list_plan(graph, chunks, ms, fillers=fillers), amounts)
 
 
-def _chain(
-    problem: Problem, name: str, *, prefix: str = "", slices: int = 1
-) -> tuple[list[Stage], dict[str, Amount]]:
-    """Return the stages of all blocks in a row, each stage cut as the plan says."""
-    work = problem.work
-    own = dict(work.forward if name == "forward" else work.backward)
-    table = FORWARD_TABLE if name == "forward" else BACKWARD_TABLE
-    reduce = problem.reduce_amount
-    if name == "backward" and reduce.size:
-        own["reduce_end"] = reduce
-    stages: list[Stage] = []
-    amounts: dict[str, Amount] = {}
-    before: tuple[str, ...] = ()
-    for block in range(problem.blocks):
-        label = f"{prefix}{block}."
-        made = stages_of(
-            table,
-            own,
-            exchange=work.exchange,
-            whole=True,
-            split_weights=True,
-            slices=slices,
-            prefix=label,
-            before=before,
-        )
-        stages += made
-        amounts |= {label + stage: amount for stage, amount in own.items()}
-        before = (made[-1].name if name == "forward" else f"{label}attention_grad",)
-    return stages, amounts
-
-
 def _whole_pass(problem: Problem, name: str) -> Pass:
     degrees = range(1, min(problem.max_chunks, problem.sequences) + 1)
     candidates = []
     for slices in _SLICES if name == "backward" and problem.reduce_amount.size else (1,):
-        stages, amounts = _chain(problem, name, slices=slices)
+        stages, amounts = chain(problem, name, slices=slices)
         candidates += [_listed(stages, amounts, chunks) for chunks in degrees]
+    # a list is not always better than the plain order
+    candidates += [beside_pass(problem, name, chunks) for chunks in degrees]
     return best_pass(candidates, problem.interference)
 
 
 def _paired_pass(problem: Problem) -> Pass:
-    forward, forward_amounts = _chain(problem, "forward", prefix="f")
+    forward, forward_amounts = chain(problem, "forward", prefix="f")
     candidates = []
     for slices in _SLICES if problem.reduce_amount.size else (1,):
-        backward, backward_amounts = _chain(problem, "backward", prefix="b", slices=slices)
+        backward, backward_amounts = chain(problem, "backward", prefix="b", slices=slices)
         amounts = forward_amounts | backward_amounts
         degrees = range(1, min(2, problem.max_chunks, problem.sequences) + 1)
         candidates += [_listed([*forward, *backward], amounts, chunks) for chunks in degrees]

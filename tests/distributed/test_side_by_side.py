@@ -108,9 +108,9 @@ def test_states_and_all_gradients_are_those_of_one_after_the_other(
     run_ranks(_as_one_by_one, 2, (router, expert, shard))
 
 
-def test_training_side_by_side_is_training_with_smaller_micro_batches(tmp_path: Path) -> None:
+def test_training_side_by_side_is_training_in_one_piece(tmp_path: Path) -> None:
     data = make_text(tmp_path)
-    small = run(tiny(3, ranks=2, expert=2, micro=2), data, tmp_path / "small")
+    small = run(tiny(3, ranks=2, expert=2), data, tmp_path / "small")
     beside = ScheduleConfig(policy="whole_block", chunks_forward=2)
     wide = run(tiny(3, ranks=2, expert=2, schedule=beside), data, tmp_path / "wide")
     assert losses(wide) == pytest.approx(losses(small), rel=1e-6)

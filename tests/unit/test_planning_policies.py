@@ -8,8 +8,9 @@ import pytest
 
 from gatewise.conf.compose import group_choices
 from gatewise.conf.presets import load_cluster, load_model_shape
+from gatewise.moe.planning.beside import propose_beside
 from gatewise.moe.planning.block import Workload, block_work
-from gatewise.moe.planning.policies import Pass, Problem, bound_ms, staged_pass
+from gatewise.moe.planning.policies import Pass, Problem, Proposal, bound_ms, staged_pass
 from gatewise.moe.planning.search import search_passes
 from gatewise.moe.planning.shapes import ModelShape
 from gatewise.moe.planning.whole import POLICIES, choose, propose, propose_all, unavailable
@@ -62,7 +63,25 @@ def test_every_plan_is_a_valid_order_and_never_beats_the_bound(
     policy: str, seed: int, shard: int, disturbed: bool
 ) -> None:
     asked = problem(seed, shard=shard, disturbed=disturbed)
-    proposal = propose(policy, asked)
+    check_proposal(propose(policy, asked), asked)
+
+
+@pytest.mark.parametrize(("seed", "shard"), [(0, 4), (1, 1), (2, 2)])
+def test_parts_side_by_side_have_one_order_and_the_planner_is_no_slower(
+    seed: int, shard: int
+) -> None:
+    asked = replace(problem(seed, shard=shard), blocks=3)
+    proposals = propose_beside(asked)
+    assert [proposal.chunks("backward") for proposal in proposals] == [2, 4]
+    for proposal in proposals:
+        check_proposal(proposal, asked)
+    free = propose("whole_block", asked)
+    assert free.predicted_ms <= min(p.predicted_ms for p in proposals) * (1 + 1e-9)
+    assert propose_beside(replace(asked, sequences=1)) == []
+
+
+def check_proposal(proposal: Proposal, asked: Problem) -> None:
+    """All tasks run once, in the lanes' orders and after what they need; no bound is beaten."""
     assert proposal.bound_ms <= proposal.predicted_ms * (1 + 1e-9)
     assert proposal.gap >= -1e-9
     assert 0 <= proposal.exposed_ms <= proposal.predicted_ms + 1e-9

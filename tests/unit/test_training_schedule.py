@@ -15,7 +15,7 @@ from gatewise.parallel.errors import ConfigError
 from gatewise.parallel.schedule.cost import Cost, Interference
 from gatewise.parallel.schedule.plan import Task
 from gatewise.parallel.schedule.profiles import OPERATIONS, Layout, Profile, write_profile
-from gatewise.routers.config import RouterConfig, Selector
+from gatewise.routers.config import BalanceScope, RouterConfig, Selector
 from gatewise.training.config import BatchConfig, TrainConfig
 from gatewise.training.schedule import TrainingSchedule, known_profile
 from gatewise.training.schedule import plan_schedule as plan_with
@@ -47,9 +47,12 @@ def plan_schedule(settings: TrainConfig) -> TrainingSchedule:
     [
         ({"policy": "fastest"}, "schedule.policy is 'fastest'; it must be one of auto, serial"),
         ({"policy": "paired"}, "schedule.policy is 'paired'; it must be one of"),
-        ({"policy": "whole_block"}, "whole_block, .* state schedule.chunks_forward, the parts"),
-        ({"policy": "whole_block", "chunks_forward": 1}, "side by side: at least 2"),
-        ({"policy": "whole_block", "profile": "p.json"}, "leave schedule.profile out"),
+        ({"policy": "whole_block"}, "whole_block but neither schedule.profile nor the parts"),
+        ({"policy": "whole_block", "chunks_forward": 1}, "schedule.chunks_forward to 2 or more"),
+        (
+            {"policy": "whole_block", "profile": "p.json", "chunks_forward": 2},
+            "schedule.profile and schedule.chunks_forward or chunks_backward are both set",
+        ),
         (
             {"policy": "whole_block", "chunks_forward": 2, "chunks_backward": 4},
             "schedule.chunks_backward is 4 and chunks_forward 2; with schedule.policy=whole_block",
@@ -96,13 +99,20 @@ SOFT = RouterConfig(selector=Selector.soft, allow_noncausal=True)
     ("settings", "message"),
     [
         ({"batch": BatchConfig(sequences=3)}, "is 2, which does not divide the 3 sequences of a"),
+        (
+            {
+                "batch": BatchConfig(sequences=4, micro=1),
+                "schedule": ScheduleConfig(policy="whole_block", profile="p.json"),
+            },
+            "cuts between sequences, and a rank's micro-batch has 1; raise batch.sequences",
+        ),
         ({"recompute": True}, "whole_block, which cannot have recompute; leave that out"),
         ({"router": SOFT}, "cannot have router.selector=soft"),
     ],
 )
 def test_what_cannot_travel_side_by_side_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        TrainConfig(schedule=WHOLE, **settings)
+        TrainConfig(**{"schedule": WHOLE, **settings})
 
 
 def test_whole_blocks_run_parts_and_one_chunk_in_a_layer() -> None:
@@ -145,16 +155,39 @@ def test_interleaved_plans_scatter_between_gathers() -> None:
     )
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "whole_block"])
+@pytest.mark.parametrize(
+    "policy", [name for name in POLICIES if name not in ("auto", "whole_block")]
+)
 def test_every_policy_of_one_layer_plans_from_a_profile(policy: str, tmp_path: Path) -> None:
     plan = plan_schedule(config(policy=policy, profile=profile(tmp_path / "p.json")))
     assert set(plan.predicted) == {"forward", "backward"}
-    assert plan.policy in POLICIES
-    if policy not in ("auto", "serial"):
-        assert plan.policy == policy
+    assert plan.policy == policy
+    if policy != "serial":
         assert max(plan.schedule.forward.chunks, plan.schedule.backward.chunks) > 1
     names = {interval.task.stage for interval in plan.predicted["forward"].intervals}
     assert names == {"order", "dispatch", "experts", "collect", "combine"}
+
+
+def test_auto_weighs_whole_blocks_where_they_change_no_number(tmp_path: Path) -> None:
+    path = profile(tmp_path / "p.json")
+    wide = config(policy="auto", profile=path)
+    plan = plan_schedule(wide)
+    # all of attention covers rows as well, which no schedule of one layer can do
+    assert (plan.policy, dict(plan.predicted)) == ("whole_block", {})
+    assert plan.parts > 1
+    assert "side by side (1." in str(plan)
+    assert plan.schedule.forward.chunks == 1
+    asked = plan_schedule(config(policy="whole_block", profile=path))
+    assert asked.parts == plan.parts
+    for other in (
+        {"recompute": True},
+        {"batch": BatchConfig(sequences=8, micro=1)},
+        {"router": RouterConfig(balance_scope=BalanceScope.micro_batch)},
+        {"router": RouterConfig(importance_loss=0.1, balance_scope=BalanceScope.sequence)},
+        {"router": RouterConfig(selector=Selector.expert_choice, allow_noncausal=True)},
+    ):
+        plan = plan_schedule(dataclasses.replace(wide, **other))
+        assert (plan.policy, plan.parts) == ("search", 1)
 
 
 def test_a_window_is_as_large_as_the_plan_says(tmp_path: Path) -> None:
