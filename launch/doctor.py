@@ -46,6 +46,7 @@ _OPTIONAL = (
     _Optional("transformers", "transformers", "checks, a peer", "pip install -e '.[hf]'"),
     _Optional("datasets", "datasets", "data.hf", "pip install datasets"),
     _Optional("plotly", "plotly", "HTML reports", "pip install -e '.[report]'"),
+    _Optional("optuna", "optuna", "submit.trials", "pip install -e '.[optuna]'"),
     _Optional("ninja", "ninja", "builds of DeepSpeed's operators", "pip install ninja"),
 )
 

@@ -81,7 +81,8 @@ def expand(overrides: Sequence[str]) -> list[Combination]:
         (grid,) = BasicSweeper.split_arguments(swept, None)
     except HydraException as error:
         raise ConfigError(
-            f"{' '.join(str(error).split())}; a grid takes lists and ranges"
+            f"{' '.join(str(error).split())}; a grid takes lists and ranges, "
+            "submit.trials=N takes intervals too"
         ) from None
     points = []
     for texts in grid:

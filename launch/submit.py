@@ -70,10 +70,10 @@ def parse(arguments: Sequence[str]) -> Request:
     if flags.get("collect") and not flags.get("multirun"):
         raise ConfigError("--collect writes the summary of a sweep; give -m and its settings too")
     request = Request(load_settings(SubmitSettings, own).submit, overrides, **flags)
-    if request.submit.parallel is not None and not request.multirun:
-        raise ConfigError(
-            f"submit.parallel is {request.submit.parallel}, but one run has no points; add -m"
-        )
+    for name in ("parallel", "trials"):
+        value = getattr(request.submit, name)
+        if value is not None and not request.multirun:
+            raise ConfigError(f"submit.{name} is {value}, but one run has no points; add -m")
     return request
 
 

@@ -72,6 +72,8 @@ class SubmitConfig:
     env: str | None = None  # variables to pass on, as 'HOME,WANDB_*'; all; None: see the docs
     snapshot: bool = True  # run a copy of the code in run.dir, which later edits do not reach
     parallel: int | None = None  # points of a sweep at a time; None: 1 here, all under Slurm
+    trials: int | None = None  # points of a sweep that Optuna chooses; None: the whole grid
+    draw: int = 0  # seed of its choice
     wait: bool = False  # for the end of a Slurm job
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class SubmitConfig:
     def _check_numbers(self) -> None:
         least = {"nodes": 1, "ranks_per_node": 1, "restarts": 0, "signal_lead": 10}
         least |= {"max_requeues": 0, "cores_per_rank": 1, "gpus_per_node": 1, "parallel": 1}
+        least |= {"trials": 1, "draw": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -136,6 +139,11 @@ class SubmitConfig:
                         f"submit.{name} is {value}, which only Slurm knows, but submit.launcher "
                         f"is {here}; set submit.launcher=slurm or leave it out"
                     )
+        elif self.trials is not None and not self.wait:
+            raise ConfigError(
+                f"submit.trials is {self.trials} but submit.wait is false; later points depend on "
+                "the losses of earlier ones, set submit.wait=true"
+            )
         elif self.time_limit is not None:
             limit = _seconds(self.time_limit)
             if limit <= self.signal_lead:

@@ -1,37 +1,29 @@
 """`gatewise submit -m`: every point a job of its own, and a summary at the end.
 
-What has finished with the same settings is left out, the rest starts or goes on. Read `points.py`
-first.
+What has finished with the same settings is left out, the rest starts or goes on. The points are a
+grid, or with `submit.trials` Optuna's choice. Read `points.py` first.
 """
 
-import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gatewise.conf.compose import config_from_yaml
-from gatewise.launch.job_script import ARGUMENTS_FILE, Job, passed_variables, render
-from gatewise.launch.jobs import (
-    Request,
-    note_job,
-    noted_job,
-    prepare,
-    read_json,
-    script_for,
-)
+from gatewise.launch.jobs import Request, read_json, script_for
+from gatewise.launch.point_jobs import array_script, point_states, queue_points, run_points
 from gatewise.launch.points import Combination, Point, check_point, expand, label, make_point
-from gatewise.launch.run_folder import RunFolder, writable
-from gatewise.launch.script_runner import run_scripts
+from gatewise.launch.run_folder import RunFolder
+from gatewise.launch.search import Search, Trial, check_optuna
 from gatewise.launch.session import EXIT_CRASH, EXIT_OK, EXIT_REQUEUE, run_session
-from gatewise.launch.slurm import check_slurm, queue_script, queued_tasks, wait_for
+from gatewise.launch.slurm import check_slurm
 from gatewise.launch.snapshot import take_snapshot
 from gatewise.launch.submit_config import Launcher, SubmitConfig
 from gatewise.parallel.errors import ConfigError
 
 __all__ = ["run_sweep"]
+
+_LEFT_ALONE = ("finished", "queued")
 
 
 def run_sweep(request: Request) -> int:
@@ -42,7 +34,11 @@ def run_sweep(request: Request) -> int:
             f"submit.nodes is {submit.nodes}, but the points of a sweep run on one machine unless "
             "submit.launcher=slurm; leave it out"
         )
-    grid = expand(request.overrides)
+    search = None
+    if submit.trials is not None:
+        check_optuna()
+        search = Search(request.overrides, draw=submit.draw)
+    grid = expand(request.overrides) if search is None else search.ends()
     base = check_point(submit, *grid[0])[0]  # with the folder and the name that all share
     if request.dry_run:
         path = Path(base.run.dir or f"runs/{base.name}_sweep/TIME").expanduser().absolute()
@@ -59,7 +55,7 @@ def run_sweep(request: Request) -> int:
     return run_session(
         "submit",
         folder,
-        lambda: _sweep(request, points, folder),
+        lambda: _sweep(request, points, folder, search),
         world_size=base.parallel.ranks,
         interrupt_exit=EXIT_REQUEUE,
     )
@@ -77,12 +73,14 @@ def _show(request: Request, points: Sequence[Point], path: Path) -> None:
         print(f"# {label(point.values)} -> {point.path}")
     code = path / "code" / "HASH" if submit.snapshot else None
     if submit.launcher is Launcher.slurm:
-        print(_array_script(request, points, path, path / "submit" / "points", code), end="")
+        print(array_script(request, points, path, path / "submit" / "points", code), end="")
     else:
         print(script_for(submit, first.config, first.arguments, first.path, code=code), end="")
 
 
-def _sweep(request: Request, points: Sequence[Point], folder: RunFolder) -> Mapping[str, Any]:
+def _sweep(
+    request: Request, points: Sequence[Point], folder: RunFolder, search: Search | None
+) -> Mapping[str, Any]:
     from gatewise.launch.sweep_report import PointResult, write_summary
 
     submit = request.submit
@@ -90,19 +88,13 @@ def _sweep(request: Request, points: Sequence[Point], folder: RunFolder) -> Mapp
     code = None
     if submit.snapshot and not request.collect:
         code = take_snapshot(folder.path / "code")
-    found = _states(points)
-    todo = [point for point in points if found[point.path] not in ("finished", "queued")]
-    done = sum(state == "finished" for state in found.values())
-    print(f"gatewise submit: {len(points)} points -> {shlex.quote(str(folder.path))}")
-    print(f"  {done} finished before, {len(points) - done - len(todo)} queued", flush=True)
     about: dict[str, Any] = {"group": points[0].config.wandb.group}
-    if request.collect:
-        pass
-    elif submit.launcher is Launcher.slurm:
-        about |= _queue(request, todo, folder, code)
-    elif todo:
-        _run_here(request, todo, code)
-    states = _states(points)
+    if search is None:
+        about |= _run_grid(request, points, folder, code)
+    else:
+        points = _run_search(request, search, folder, code)
+        about["trials"] = submit.trials
+    states = point_states(points)
     rows = [
         PointResult.read(point.values, point.path, states[point.path], steps=point.config.steps)
         for point in points
@@ -111,6 +103,71 @@ def _sweep(request: Request, points: Sequence[Point], folder: RunFolder) -> Mapp
     print("\n".join(about.pop("lines")))
     about["sweep_seconds"] = round(time.monotonic() - began, 3)
     return {**about, "exit": _exit_code(rows, request)}
+
+
+def _run_grid(
+    request: Request, points: Sequence[Point], folder: RunFolder, code: Path | None
+) -> dict[str, Any]:
+    """Run or queue the points that have not finished; return what is to be told of the job."""
+    found = point_states(points)
+    todo = [point for point in points if found[point.path] not in _LEFT_ALONE]
+    done = sum(state == "finished" for state in found.values())
+    print(f"gatewise submit: {len(points)} points -> {shlex.quote(str(folder.path))}")
+    print(f"  {done} finished before, {len(points) - done - len(todo)} queued", flush=True)
+    if request.collect:
+        return {}
+    if request.submit.launcher is Launcher.slurm:
+        return queue_points(request, todo, folder, code)
+    if todo:
+        run_points(request, todo, code, before=0, total=len(todo))
+    return {}
+
+
+def _run_search(
+    request: Request, search: Search, folder: RunFolder, code: Path | None
+) -> list[Point]:
+    """Run the points that Optuna chooses, `submit.parallel` at a time; return all there are."""
+    submit = request.submit
+    most = submit.trials
+    assert most is not None
+    search.open(folder.path / "study.log")
+    points: dict[str, Point] = {}  # by what is written of them: one may be chosen twice
+
+    def place(trial: Trial) -> Point:
+        values, overrides = trial.combination
+        if label(values) not in points:
+            points[label(values)] = make_point(submit, values, overrides, folder.path)
+        return points[label(values)]
+
+    known = search.trials()
+    for trial in known:
+        place(trial)
+    done = sum(trial.is_told for trial in known)
+    print(f"gatewise submit: {most} points by Optuna -> {shlex.quote(str(folder.path))}")
+    print(f"  {done} finished before", flush=True)
+    tried: set[int] = set()
+    while not request.collect:
+        batch = search.ask(submit.parallel or 1, most=most, without=tried)
+        chosen = {place(trial).path: place(trial) for trial in batch}
+        states = point_states(list(chosen.values()))
+        todo = [point for path, point in chosen.items() if states[path] not in _LEFT_ALONE]
+        was_stopped = False
+        if todo and submit.launcher is Launcher.slurm:
+            queue_points(request, todo, folder, code)
+        elif todo:
+            was_stopped = not run_points(
+                request, todo, code, before=len(tried), total=max(most - done, len(batch))
+            )
+        tried |= {trial.number for trial in batch}
+        states = point_states(list(chosen.values()))
+        for trial in batch:
+            path = place(trial).path
+            loss = read_json(path / "result.json").get("val_loss")
+            if states[path] == "finished" and isinstance(loss, int | float):
+                search.tell(trial, loss)
+        if was_stopped or not batch or set(states.values()) & {"stopped", "queued"}:
+            break
+    return list(points.values())
 
 
 def _exit_code(rows: Sequence[Any], request: Request) -> int:
@@ -123,125 +180,3 @@ def _exit_code(rows: Sequence[Any], request: Request) -> int:
     if states & {"stopped", "waiting"} and not request.collect:
         return EXIT_REQUEUE
     return EXIT_OK
-
-
-def _states(points: Sequence[Point]) -> dict[Path, str]:
-    """Return where each point stands: finished, queued, stopped, failed or waiting."""
-    tasks = {point.path: noted_job(point.path) for point in points}
-    jobs = {task.partition("_")[0] for task in tasks.values() if task is not None}
-    queued = {task for job in sorted(jobs) for task in queued_tasks(job)}
-    return {
-        point.path: "queued" if tasks[point.path] in queued else _state(point) for point in points
-    }
-
-
-def _state(point: Point) -> str:
-    result = read_json(point.path / "result.json")
-    if not result:
-        was_started = (point.path / "submit" / "exit").exists() or noted_job(point.path)
-        return "failed" if was_started else "waiting"
-    if result.get("exit") == EXIT_REQUEUE:
-        return "stopped"
-    if result.get("exit") != EXIT_OK:
-        return "failed"
-    return "finished" if _same_settings(point) else "waiting"
-
-
-def _same_settings(point: Point) -> bool:
-    """Tell whether a run's stored settings are the point's."""
-    file = point.path / "config.yaml"
-    try:
-        stored = config_from_yaml(file.read_text(encoding="utf-8"), source=str(file))
-    except (OSError, ConfigError):
-        return False
-    load = point.config.checkpoint.load  # the job writes down which step it found
-    checkpoint = replace(stored.checkpoint, load=load)
-    config = replace(point.config, run=replace(point.config.run, dir=stored.run.dir))
-    return replace(stored, checkpoint=checkpoint) == config
-
-
-def _run_here(request: Request, points: Sequence[Point], code: Path | None) -> None:
-    """Run points on this machine; each prints into its own folder."""
-    submit = request.submit
-    scripts = []
-    for point in points:
-        script = prepare(
-            submit, point.config, point.arguments, point.path, point.path / "submit", code=code
-        )
-        scripts.append(replace(script, output=point.path / "logs" / "submit.log"))
-        (point.path / "submit" / "exit").unlink(missing_ok=True)
-
-    def started(index: int) -> None:
-        print(f"  [{index + 1}/{len(points)}] {label(points[index].values)}", flush=True)
-
-    def ended(index: int, status: int) -> None:
-        point = points[index]
-        with writable(point.path):
-            (point.path / "submit" / "exit").write_text(f"{status}\n")
-        what = {EXIT_OK: "done", EXIT_REQUEUE: "stopped and saved"}.get(status)
-        what = what or f"ended with {status}: see {point.path / 'logs' / 'submit.log'}"
-        print(f"  [{index + 1}/{len(points)}] {what}", flush=True)
-
-    run_scripts(scripts, at_once=submit.parallel or 1, started=started, ended=ended)
-
-
-def _queue(
-    request: Request, points: Sequence[Point], folder: RunFolder, code: Path | None
-) -> dict[str, Any]:
-    """Queue points as the tasks of one Slurm array; with `submit.wait` until all have ended."""
-    if not points:
-        return {}
-    submit = request.submit
-    own = folder.path / "submit"
-    number = len(list(own.glob("points_*")))  # an earlier array may still be reading its own
-    file = own / f"points_{number}"
-    with writable(own):
-        own.mkdir(exist_ok=True)
-        file.write_text("".join(f"{point.path}\n" for point in points), encoding="utf-8")
-        script = own / f"array_{number}.sh"
-        text = _array_script(request, points, folder.path, file, code)
-        script.write_text(text, encoding="utf-8")
-        for point in points:
-            prepare(
-                submit, point.config, point.arguments, point.path, point.path / "submit", code=code
-            )
-            lines = "".join(f"{text}\n" for text in point.arguments)
-            (point.path / "submit" / ARGUMENTS_FILE).write_text(lines, encoding="utf-8")
-    job = queue_script(script)
-    for task, point in enumerate(points):
-        note_job(point.path, f"{job}_{task}")
-    print(f"  Slurm job {job}, {len(points)} tasks; their output goes to {own}", flush=True)
-    if submit.wait:
-        wait_for(job)
-    else:
-        print("  the same command with --collect writes the summary")
-    return {"job": job, "script": str(script)}
-
-
-def _array_script(
-    request: Request, points: Sequence[Point], folder: Path, file: Path, code: Path | None
-) -> str:
-    """Return the script of an array, whose tasks read their folder and arguments from files."""
-    submit, first = request.submit, points[0]
-    ranks = {point.config.parallel.ranks for point in points}
-    if len(ranks) > 1:
-        raise ConfigError(
-            f"the points have {sorted(ranks)} ranks, but the tasks of a Slurm array are alike; "
-            "sweep them one by one"
-        )
-    for point in points:
-        for text in point.arguments:
-            if "\n" in text:
-                raise ConfigError(f"{text!r} has several lines, which a Slurm array cannot pass on")
-    names = submit.passed_names
-    job = Job(
-        name=folder.name,
-        run_dir=folder,
-        arguments=(),
-        ranks_per_node=first.config.parallel.ranks // submit.nodes,
-        code=code,
-        variables=() if names and "all" in names else passed_variables(names, os.environ),
-        points=file,
-        num_points=len(points),
-    )
-    return render(job, submit)

@@ -1,4 +1,4 @@
-"""`gatewise submit` through torchrun: a sweep from one command, a stop, two agents and a crash."""
+"""`gatewise submit` through torchrun: sweeps from one command, a stop, two agents and a crash."""
 
 import contextlib
 import json
@@ -111,6 +111,25 @@ def finished_log(folder: Path) -> WandbFile:
 
     wait_until(is_finished, seconds=60)
     return found[0]
+
+
+def test_a_search_trains_points_of_an_interval(text: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="needs the extra optuna")
+    folder = tmp_path / "search"
+    one_rank = (*RUN[:-1], "parallel.ranks=1", "steps=2", f"run.dir={folder}")
+    searched = ("optim.lr=tag(log,interval(1e-4,1e-2))", "submit.trials=2")
+    done = submit("-m", *one_rank, *text, *searched, "submit.launcher=local")
+    assert done.returncode == 0, done.stderr + done.stdout
+    result = result_of(folder)
+    assert result["states"] == {"finished": 2}
+    rates = [row["values"]["optim.lr"] for row in result["rows"]]
+    assert all(1e-4 <= float(rate) <= 1e-2 for rate in rates)
+    assert result["best_val_loss"] == result["rows"][0]["val_loss"] < result["rows"][1]["val_loss"]
+    stored = [
+        re.search(r"^  lr: (.*)$", (folder / f"optim.lr={rate}" / "config.yaml").read_text(), re.M)
+        for rate in rates
+    ]
+    assert [found and found[1] for found in stored] == rates
 
 
 def test_a_stopped_run_ends_with_85_and_goes_on(text: list[str], tmp_path: Path) -> None:
