@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ _DEFAULTS = (
     "checkpoint.every=1",
     "evaluation.tokens=64",
 )
+_LATEST_SAVE = 4  # of a start, at which is shot: some are the first, most follow a whole one
 _MACHINE = ("train/tokens_per_second", "train/memory_mb", "schedule/", "ranks/")  # times, sizes
 _SUMMARY = """Kill ranks at random moments; check that every start goes on from the newest durable
 checkpoint, and that the run ends as one that nobody disturbed. Takes the fields of `train` too."""
@@ -62,7 +63,8 @@ class Shot:
 
     rank: int | None  # None: all ranks
     seconds: float  # after its process has started, or after a save has begun
-    in_save: bool
+    save: int | None  # which of the saves of this start, from 1; None: of the process
+    left: frozenset[str] = frozenset()  # saves that the last start left unfinished
 
 
 @dataclass(slots=True)
@@ -142,6 +144,7 @@ def _round(
     unproven = 0  # kills whose resumption was not seen yet
     while True:
         shot = next(shots) if tally.kills < kills else None
+        left = _unfinished(place)
         newest = find_latest(place / "checkpoints")
         durable = 0 if newest is None else int(newest.name.removeprefix("step_"))
         seen = len(_resumed_steps(place))
@@ -160,7 +163,7 @@ def _round(
         unproven += 1
         tally.kills += 1
         tally.all_ranks += shot is not None and shot.rank is None
-        tally.inside_a_save += any((place / "checkpoints").glob(".step_*.partial-*"))
+        tally.inside_a_save += bool(_unfinished(place) - left)
         tally.before_first += durable == 0
 
 
@@ -173,6 +176,8 @@ class _Starter:
     def __call__(self, place: Path, shot: Shot | None) -> str | None:
         """Return how the run failed, or None where it came to its end."""
         place.mkdir(exist_ok=True)
+        if shot is not None:
+            shot = replace(shot, left=_unfinished(place))
         task = (self._config, self._data, place, shot)
         ranks = self._config.parallel.ranks
         try:
@@ -222,8 +227,9 @@ def _rank(
 
 def _shoot(shot: Shot, folder: Path) -> None:
     """Wait for the moment, then kill this process."""
-    checkpoints = folder / "checkpoints"
-    while shot.in_save and not any(checkpoints.glob(".step_*.partial-*")):
+    begun: set[str] = set()
+    while shot.save is not None and len(begun) < shot.save:
+        begun |= _unfinished(folder) - shot.left
         time.sleep(0.001)
     time.sleep(shot.seconds)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -238,11 +244,17 @@ def _shots(generator: random.Random, ranks: int, seconds: float) -> Iterator[Sho
         seconds: that an undisturbed run takes.
     """
     while True:
-        in_save = generator.random() < 2 / 3
+        save = generator.randint(1, _LATEST_SAVE) if generator.random() < 2 / 3 else None
         rank = None if generator.random() < 1 / 4 else generator.randrange(ranks)
         # saves follow each other: some of the later moments are in the next one, or after it
-        latest = generator.choice((0.02, 0.2, 1.0)) if in_save else seconds
-        yield Shot(rank, generator.uniform(0, latest), in_save)
+        latest = generator.choice((0.02, 0.2, 1.0)) if save else seconds
+        yield Shot(rank, generator.uniform(0, latest), save)
+
+
+def _unfinished(folder: Path) -> frozenset[str]:
+    """Return the names of saves that are under way, or were when the run was killed."""
+    found = (folder / "checkpoints").glob(".step_*.partial-*")
+    return frozenset(path.name for path in found)
 
 
 def _resumptions(folder: Path) -> Path:

@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import random
+import threading
+import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from gatewise.launch.drill import _differences, _shots
+from gatewise.launch.drill import Shot, _differences, _shoot, _shots, _unfinished
 from gatewise.launch.verify import Check, VerifyConfig, _furthest, on_one_rank, reduced
 from gatewise.parallel.config import ParallelConfig
 from gatewise.routers.config import BalanceScope, RouterConfig
@@ -82,8 +85,25 @@ def test_a_run_that_differs_from_the_quiet_one_is_noticed(change: str, tmp_path:
     assert found == expected[change]
 
 
+def test_a_shot_at_a_save_passes_over_what_the_last_start_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / ".step_00000003.partial-aa").mkdir(parents=True)
+    found: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda *_: found.append(len(list(folder.iterdir()))))
+    shot = Shot(None, 0.0, 1, left=_unfinished(tmp_path))
+    shooter = threading.Thread(target=_shoot, args=(shot, tmp_path), daemon=True)
+    shooter.start()
+    time.sleep(0.05)
+    (folder / ".step_00000003.partial-bb").mkdir()
+    shooter.join(60)
+    assert found == [2]
+
+
 def test_shots_hit_saves_single_ranks_and_all() -> None:
     shots = list(islice(_shots(random.Random(0), 4, 10.0), 200))
     assert {shot.rank for shot in shots} == {None, 0, 1, 2, 3}
-    assert 80 < sum(shot.in_save for shot in shots) < 180
+    assert {shot.save for shot in shots} == {None, 1, 2, 3, 4}
+    assert 80 < sum(shot.save is not None for shot in shots) < 180
     assert all(0 <= shot.seconds <= 10 for shot in shots)
