@@ -12,12 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.types import (
-    ChoiceSweep,
-    IntervalSweep,
-    Override,
-    RangeSweep,
-)
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
 from gatewise.launch.points import Combination, part_swept
 from gatewise.parallel.errors import ConfigError
@@ -37,6 +32,44 @@ class Trial:
     is_told: bool  # whether its loss is known to Optuna
 
 
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """What a field may be: one of several texts, or a number within an interval."""
+
+    texts: tuple[str, ...] = ()
+    is_ordered: bool = False  # a text between two good ones is likely to be good
+    low: float = 0.0  # whole numbers mean whole numbers only
+    high: float = 0.0
+    is_log: bool = False
+
+    def edges(self) -> Sequence[str]:
+        """Return the first and the last value, or all texts."""
+        return self.texts or (repr(self.low), repr(self.high))
+
+    def distribution(self) -> "BaseDistribution":
+        """Return it in Optuna's terms."""
+        from optuna.distributions import (
+            CategoricalDistribution,
+            FloatDistribution,
+            IntDistribution,
+        )
+
+        if self.texts:
+            last = len(self.texts) - 1
+            return (
+                IntDistribution(0, last) if self.is_ordered else CategoricalDistribution(self.texts)
+            )
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return IntDistribution(self.low, self.high, log=self.is_log)
+        return FloatDistribution(self.low, self.high, log=self.is_log)
+
+    def text(self, value: Any) -> str:
+        """Return a value of a trial, whose type is Optuna's affair, as the command line has it."""
+        if isinstance(value, str):
+            return value
+        return self.texts[value] if self.texts else repr(value)
+
+
 class Search:
     """The trials of one study; `open` comes first.
 
@@ -51,12 +84,12 @@ class Search:
     def __init__(self, overrides: Sequence[str], *, draw: int) -> None:
         self._kept, swept = part_swept(overrides)
         self._draw = draw
-        self._spaces: dict[str, tuple[BaseDistribution, Sequence[str]]] = {}
+        self._ranges: dict[str, _Range] = {}
         for override in swept:
             name = override.get_key_element()
-            if name in self._spaces:
+            if name in self._ranges:
                 raise ConfigError(f"{name} is swept twice; give it once")
-            self._spaces[name] = _space(override)
+            self._ranges[name] = _range(override)
         told = [text for text in self._kept if not text.startswith("run.dir=")]
         text = "\n".join([*sorted(told), *(str(override.input_line) for override in swept)])
         self._name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -64,7 +97,7 @@ class Search:
 
     def ends(self) -> list[Combination]:
         """Return the first and the last value of each range, beside the others' first."""
-        edges = {name: _edges(*space) for name, space in self._spaces.items()}
+        edges = {name: values.edges() for name, values in self._ranges.items()}
         first = {name: texts[0] for name, texts in edges.items()}
         found = [first, *({**first, name: texts[-1]} for name, texts in edges.items())]
         return [self._combination(values) for values in found]
@@ -91,7 +124,7 @@ class Search:
                 trial.state.is_finished(),
             )
             for trial in self._study.get_trials(deepcopy=False)
-            if trial.params.keys() == self._spaces.keys()  # not one that was never asked to its end
+            if trial.params.keys() == self._ranges.keys()  # not one that was never asked to its end
         ]
 
     def ask(self, at_once: int, *, most: int, without: Collection[int]) -> list[Trial]:
@@ -117,13 +150,13 @@ class Search:
 
         number = len(self._study.get_trials(deepcopy=False))
         self._study.sampler = TPESampler(seed=self._draw * 100_003 + number)
-        spaces = {name: space for name, (space, _) in self._spaces.items()}
+        spaces = {name: values.distribution() for name, values in self._ranges.items()}
         trial = self._study.ask(spaces)
         return Trial(trial.number, self._combination(self._texts(trial.params)), is_told=False)
 
     def _texts(self, params: dict[str, Any]) -> dict[str, str]:
         """Return values as the command line has them, in its order."""
-        return {name: _text(params[name], texts) for name, (_, texts) in self._spaces.items()}
+        return {name: values.text(params[name]) for name, values in self._ranges.items()}
 
     def _combination(self, values: dict[str, str]) -> Combination:
         return values, [*self._kept, *(f"{name}={value}" for name, value in values.items())]
@@ -138,44 +171,21 @@ def check_optuna() -> None:
         )
 
 
-def _space(override: Override) -> tuple["BaseDistribution", Sequence[str]]:
-    """Return the values that an argument allows; of a list the texts, too."""
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    name, sweep = override.get_key_element(), override.value()
-    try:
-        if isinstance(sweep, IntervalSweep):
-            is_log = "log" in sweep.tags
-            low, high = sweep.start, sweep.end
-            if isinstance(low, int) and isinstance(high, int):
-                return IntDistribution(low, high, log=is_log), ()
-            assert low is not None
-            assert high is not None
-            return FloatDistribution(low, high, log=is_log), ()
-        if isinstance(sweep, ChoiceSweep | RangeSweep):
-            texts = tuple(override.sweep_string_iterator())
-            if isinstance(sweep, ChoiceSweep) or len(texts) < 2:
-                return CategoricalDistribution(texts), texts
-            # of ordered values those between two good ones are likely to be good
-            return IntDistribution(0, len(texts) - 1), texts
-    except ValueError as error:
-        raise ConfigError(f"{name} cannot be searched: {' '.join(str(error).split())}") from None
-    raise ConfigError(
-        f"{override.input_line!r} cannot be searched; use a list, range(...), interval(low,high) "
-        "or tag(log,interval(low,high))"
-    )
-
-
-def _edges(space: Any, texts: Sequence[str]) -> Sequence[str]:  # Any: low and high, or texts
-    return texts or (repr(space.low), repr(space.high))
-
-
-def _text(value: Any, texts: Sequence[str]) -> str:
-    """Return a value of a trial as the command line has it."""
-    if isinstance(value, str):
-        return value
-    return texts[value] if texts else repr(value)
+def _range(override: Override) -> _Range:
+    """Return the values that an argument allows."""
+    sweep = override.value()
+    if isinstance(sweep, ChoiceSweep | RangeSweep):
+        texts = tuple(override.sweep_string_iterator())
+        return _Range(texts=texts, is_ordered=isinstance(sweep, RangeSweep) and len(texts) > 1)
+    if not isinstance(sweep, IntervalSweep) or sweep.start is None or sweep.end is None:
+        raise ConfigError(
+            f"{override.input_line!r} cannot be searched; use a list, range(...), "
+            "interval(low,high) or tag(log,interval(low,high))"
+        )
+    is_log = "log" in sweep.tags
+    if not sweep.start < sweep.end or (is_log and sweep.start <= 0):
+        above = " above 0" if is_log else ""
+        raise ConfigError(
+            f"{override.input_line!r} is no interval; give a low end{above} and a higher one"
+        )
+    return _Range(low=sweep.start, high=sweep.end, is_log=is_log)

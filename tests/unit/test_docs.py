@@ -35,10 +35,11 @@ from gatewise.launch.dashboard import DashboardConfig, without_push
 from gatewise.launch.doctor import DoctorConfig, without_build
 from gatewise.launch.export import ExportConfig
 from gatewise.launch.generate import GenerateConfig
-from gatewise.launch.jobs import layout
+from gatewise.launch.jobs import Request, layout
 from gatewise.launch.plan import PlanConfig
-from gatewise.launch.points import expand
+from gatewise.launch.points import Combination, expand
 from gatewise.launch.report import ReportConfig, split_runs
+from gatewise.launch.search import Search
 from gatewise.launch.simulate import SimulateConfig
 from gatewise.parallel.errors import ConfigError
 from gatewise.training.config import EvaluationConfig, RunConfig, TrainConfig
@@ -102,6 +103,14 @@ def shown_commands(page: Path) -> list[tuple[str, str]]:
     ]
 
 
+def points_of(request: Request) -> list[Combination]:
+    if not request.multirun:
+        return [({}, list(request.overrides))]
+    if request.submit.trials is None:
+        return expand(request.overrides)
+    return Search(request.overrides, draw=request.submit.draw).ends()
+
+
 def parse(command: str) -> None:
     """Parse a command as its module would, without running it."""
     words = shlex.split(command.partition(MODULE)[2] if MODULE in command else command)
@@ -121,8 +130,7 @@ def parse(command: str) -> None:
         OF_A_RUN[name](rest)
     elif name == "submit":
         request = submit.parse(rest)
-        grid = expand(request.overrides) if request.multirun else [({}, request.overrides)]
-        for _, overrides in grid:
+        for _, overrides in points_of(request):
             layout(request.submit, overrides)
     elif name == "evaluate":
         evaluation, others = evaluate.split_arguments(rest)

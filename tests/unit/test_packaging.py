@@ -22,6 +22,7 @@ OPTIONAL = (
     "datasets",
     "gguf",
     "plotly",
+    "optuna",
     "apex",
     "ninja",
     "pytest",
