@@ -83,9 +83,9 @@ def adopt(way: str, directory: str | None, body: Any) -> int:  # Any: folder to 
 
 def convert_folder(path: Path, tokenizer: str | None, folder: RunFolder) -> Mapping[str, Any]:
     """Turn a folder of transformers into the run that `folder` owns."""
-    from gatewise.training.interop.source import FolderSource
+    from gatewise.training.interop.dequantise import open_folder
 
-    source = FolderSource(path)
+    source = open_folder(path)
     chosen = _choose_tokenizer(path, tokenizer)
     companions = {name: path / name for name in _COMPANIONS if (path / name).is_file()}
     return write_run(source, chosen, companions, folder)

@@ -1,5 +1,6 @@
 """Small models of transformers, drawn at random, one for each layout."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,18 @@ def needs_transformers() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed (the extra hf)")
 
 
-def build(layout: str, folder: Path, *, dtype: torch.dtype = torch.float32, **save: Any) -> Any:
+def build(
+    layout: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    changes: Mapping[str, Any] | None = None,
+    **save: Any,
+) -> Any:
     """Build a model with parameters of all sizes, save it, and return it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {**_COMMON, **LAYOUTS[layout]}
+    settings = {**_COMMON, **LAYOUTS[layout], **(changes or {})}
     config = AutoConfig.for_model(layout.partition(" ")[0], **settings)
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

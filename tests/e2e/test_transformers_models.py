@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import LAYOUTS, build, logits_of, needs_transformers
+from low_bits import store_fp8, store_mxfp4
 from safetensors.torch import load_file
 
 from gatewise.launch.cli import main
@@ -70,6 +71,42 @@ def test_a_sharded_model_in_bf16_comes_back_bit_for_bit(tmp_path: Path) -> None:
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_weights_of_few_bits_are_what_transformers_makes_of_them(
+    method: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+    if method == "mxfp4":
+        build("gpt_oss", tmp_path / "source", changes={"intermediate_size": 32})
+        store_mxfp4(tmp_path / "source")
+        settings = Mxfp4Config(dequantize=True)
+    else:
+        pytest.importorskip("accelerate", reason="transformers reads fp8 with accelerate")
+        build("deepseek_v3", tmp_path / "source")
+        store_fp8(tmp_path / "source", block=4)
+        settings = FineGrainedFP8Config(weight_block_size=(4, 4), dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "source",
+        quantization_config=settings,
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+    convert("from_hf", f"source={tmp_path}/source", f"run.dir={tmp_path}/run")
+    ours = restore_model(open_checkpoint(str(tmp_path / "run")), device=torch.device("cpu"))
+    token_BS = random_tokens(300)
+    with torch.no_grad():
+        found = ours.logits(ours(token_BS).hidden_BSD)
+    torch.testing.assert_close(found, logits_of(theirs.eval(), token_BS), atol=1e-4, rtol=1e-5)
+    convert(
+        "to_hf", f"checkpoint={tmp_path}/run", f"out={tmp_path}/out", f"run.dir={tmp_path}/export"
+    )
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+    )
+    torch.testing.assert_close(logits_of(again.eval(), token_BS), found, atol=1e-4, rtol=1e-5)
 
 
 TRAINED = {

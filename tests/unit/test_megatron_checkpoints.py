@@ -7,6 +7,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -202,6 +203,20 @@ def test_without_megatron_core_writing_names_the_extra(
     monkeypatch.setitem(sys.modules, "megatron", None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[megatron\]'"):
         write_files(tmp_path / "out", {"x": torch.ones(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_old_megatron_core_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = ModuleType("megatron.core")
+    old.__version__, old.dist_checkpointing = "0.9.0rc1", None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron.core", old)
+    mapping = ModuleType("mapping")
+    mapping.ShardedTensor = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron.core.dist_checkpointing.mapping", mapping)
+    for name in ("megatron", "megatron.core.dist_checkpointing"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    with pytest.raises(ConfigError, match=r"megatron-core 0\.9\.0rc1 is installed, which is older"):
+        write_files(tmp_path / "out", {})
     assert not list(tmp_path.iterdir())
 
 

@@ -76,8 +76,10 @@ def _refuse_unknown(record: Record) -> None:
     for name, wanted in _EXPECTED.items():
         value = record.get(name, wanted)
         if value != wanted and not (value is None and wanted in (1, 1.0, False)):
-            shown = value.get("quant_method", value) if isinstance(value, dict) else value
-            raise ValueError(f"{name} is {shown!r}; this version supports {wanted!r} only")
+            if isinstance(value, dict):
+                shown = value.get("quant_method", value)
+                raise ValueError(f"{name} is {shown!r}; this version dequantises fp8 and mxfp4")
+            raise ValueError(f"{name} is {value!r}; this version supports {wanted!r} only")
 
 
 def _model(family: Family, record: Record) -> ModelConfig:

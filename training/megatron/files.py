@@ -8,6 +8,7 @@ A distributed checkpoint names its files in a pickle: read only what you trust.
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ __all__ = ["MegatronFiles", "write_files"]
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _INSTALL = "pip install -e '.[megatron]'"
+_OLDEST = (0, 16)
 
 
 class MegatronFiles:
@@ -101,13 +103,18 @@ def write_files(
         stacked: names of which the first dimension counts layers, and how many there are.
 
     Raises:
-        ConfigError: if megatron-core is missing, or the folder exists.
+        ConfigError: if megatron-core is missing or too old, or the folder exists.
     """
     try:
-        from megatron.core import dist_checkpointing
+        from megatron.core import __version__, dist_checkpointing
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
     except ImportError as error:
         raise ConfigError(f"megatron-core is not installed; {_INSTALL}") from error
+    if tuple(int(part) for part in re.findall(r"\d+", __version__)[:2]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise ConfigError(
+            f"megatron-core {__version__} is installed, which is older than {oldest}; {_INSTALL}"
+        )
     if folder.exists():
         raise ConfigError(f"out is {folder}, which exists already; name another folder")
     partial = folder.with_name(f".{folder.name}.partial")
