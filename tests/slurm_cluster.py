@@ -1,7 +1,8 @@
 """A real Slurm on this machine for tests: one controller, several virtual nodes, loopback only.
 
 Everything lies in a folder of the test's; nothing in /etc is read or written. The nodes are
-`n1`, `n2`, ...: slurmd processes that believe to have more cores than there are.
+`n1`, `n2`, ...: slurmd processes that believe to have more cores than there are. Slurm's own
+limits for answers are far above its defaults, because the machine may be busy.
 """
 
 import os
@@ -48,9 +49,12 @@ PreemptMode=REQUEUE
 ReturnToService=2
 JobRequeue=1
 KillWait=10
-MinJobAge=600
+MinJobAge=3600
+MessageTimeout=60
+BatchStartTimeout=300
+SlurmdTimeout=900
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
@@ -77,7 +81,7 @@ class SlurmCluster:
             env={**os.environ, **self.environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
@@ -107,14 +111,14 @@ class SlurmCluster:
         Slurm may do that by itself at any moment, when the node registers again: what counts is
         the node's state, not what an update that came too late says.
         """
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while "down" in self.call("sinfo", "-h", "-n", node, "-o", "%T"):
             assert time.monotonic() < deadline, self.logs()
             subprocess.run(
                 ("scontrol", "update", f"nodename={node}", "state=resume"),
                 env={**os.environ, **self.environment},
                 capture_output=True,
-                timeout=60,
+                timeout=180,
                 check=False,
             )
             time.sleep(0.3)
@@ -152,7 +156,7 @@ def running_slurm(root: Path, *, nodes: int = 2, cores: int = 4) -> Iterator[Slu
 
 
 def _await_idle(cluster: SlurmCluster, nodes: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while cluster.call("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() != ["idle"] * nodes:
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.1)

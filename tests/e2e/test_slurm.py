@@ -4,17 +4,18 @@ Every job has 4 ranks on 2 nodes unless it says otherwise, and must end with the
 that nobody disturbed.
 """
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from commands import CLI, ranks_of
 from slurm_cluster import SlurmCluster, running_slurm, why_no_slurm
 
 from gatewise.training.sinks import read_records
@@ -25,10 +26,14 @@ pytestmark = [
     pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm())),
 ]
 
-CLI = [sys.executable, "-m", "gatewise.launch.cli"]
 RUN = ("experiment=tiny", "model.layers=1", "steps=24", "evaluation.tokens=512")
 SLURM = ("submit.launcher=slurm", "submit.head=127.0.0.1", "submit.snapshot=false")
 FOUR = ("submit.nodes=2", "submit.ranks_per_node=2", "parallel.expert=2")
+# Each step takes a third of a second once, so that a run is not done before the test can hit it.
+_SLOW = ",".join(f"{{step: {n}, rank: 0, kind: slow, seconds: 0.3}}" for n in range(3, 25))
+SLOW = f"faults=[{_SLOW}]"
+# A job that is requeued is for a moment PREEMPTED, NODE_FAIL or something else: not among these.
+ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def finish(cluster: SlurmCluster, job: str, folder: Path, seconds: float = 600) 
     """Wait for a job that must complete and return what it printed."""
 
     def has_ended(states: list[str]) -> bool:
-        return not set(states) & {"PENDING", "RUNNING", "COMPLETING", "REQUEUED"}
+        return bool(set(states) & ENDS)
 
     states = cluster.wait(job, until=has_ended, seconds=seconds)
     assert states == ["COMPLETED"], output(folder)
@@ -97,22 +102,27 @@ def wait_until(condition: Callable[[], bool], folder: Path, seconds: float = 600
         time.sleep(0.1)
 
 
-def signal_ranks(folder: Path, number: signal.Signals) -> None:
-    """Send a signal to the ranks of a run, and to nothing else of its job."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode().split("\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if f"run.dir={folder}" in words and "-u" in words:  # as torchrun starts its ranks
-            os.kill(int(path.parent.name), number)
-
-
-def hold_at(folder: Path, step: int) -> None:
-    """Stop the ranks once a run has recorded a step, so that it is not done before it is hit."""
+def hold_after(folder: Path, step: int) -> list[int]:
+    """Stop the ranks once a run has recorded a step; return them."""
     file = folder / "metrics.jsonl"
     wait_until(lambda: file.exists() and max(losses(folder), default=0) >= step, folder)
-    signal_ranks(folder, signal.SIGSTOP)
+    ranks = ranks_of(folder)
+    assert len(ranks) >= 4, output(folder)
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    return ranks
+
+
+def was_preempted(job: Mapping[str, str]) -> bool:
+    """Tell it of a job that may have been requeued since, too."""
+    return job["PreemptTime"] != "None" or job["Restarts"] != "0"
+
+
+def let_go(ranks: list[int]) -> None:
+    """Let held ranks go on; Slurm may have ended them."""
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +152,12 @@ def test_a_preempted_job_saves_comes_back_and_ends_alike(
     cluster: SlurmCluster, text: list[str], undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    job = start(cluster, folder, *FOUR, *text)
-    hold_at(folder, 5)
+    job = start(cluster, folder, *FOUR, *text, SLOW)
+    ranks = hold_after(folder, 5)
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
     cluster.call("sbatch", *urgent, "--wrap=sleep 1")
-    wait_until(lambda: cluster.job(job)["PreemptTime"] != "None", folder)
-    signal_ranks(folder, signal.SIGCONT)
+    wait_until(lambda: was_preempted(cluster.job(job)), folder)
+    let_go(ranks)
     printed = finish(cluster, job, folder)
     assert "the ranks with 85" in printed
     assert "saved; requeued" in printed
@@ -163,14 +173,16 @@ def test_a_job_passes_its_time_limit_by_several_requeues(
     """Slurm looks at limits every half minute, which is why the ranks are held."""
     folder = tmp_path / "run"
     limit = ("submit.time_limit=60", "submit.signal_lead=3000")  # 10 minutes without a signal
-    job = start(cluster, folder, *FOUR, *text, *limit)
+    job = start(cluster, folder, *FOUR, *text, SLOW, *limit)
+    reached = 0
     for number in (1, 2):
-        hold_at(folder, 5 * number)
+        ranks = hold_after(folder, reached + 4)
         cluster.call("scontrol", "update", f"jobid={job}", "timelimit=50")
         wait_until(lambda n=number: output(folder).count("asking the ranks to save") == n, folder)
-        signal_ranks(folder, signal.SIGCONT)
-        wait_until(lambda n=number: cluster.job(job)["Restarts"] == str(n), folder)
         cluster.call("scontrol", "update", f"jobid={job}", "timelimit=60")
+        let_go(ranks)
+        wait_until(lambda n=number: cluster.job(job)["Restarts"] == str(n), folder)
+        reached = max(losses(folder))
     printed = finish(cluster, job, folder)
     assert printed.count("saved; requeued") == 2
     assert len(set(re.findall(r"going on after step (\d+)", printed))) == 2
@@ -181,8 +193,8 @@ def test_a_job_survives_a_node_that_goes_down(
     cluster: SlurmCluster, text: list[str], undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    job = start(cluster, folder, *FOUR, *text, "checkpoint.every=5")
-    hold_at(folder, 12)
+    job = start(cluster, folder, *FOUR, *text, SLOW, "checkpoint.every=5")
+    hold_after(folder, 12)
     cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     try:
         wait_until(lambda: cluster.job(job)["Restarts"] == "1", folder)
