@@ -13,13 +13,13 @@ that these belong to are sent by it instead, and the rest of them at the end.
 
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from gatewise.parallel.buckets import Bucket, Slot
 from gatewise.parallel.collectives import ShardSum
 from gatewise.parallel.slices import Range, Turn, held_buckets, leftover_ranges
+from gatewise.parallel.squares import square_sums
 
 __all__ = ["GradientReducer", "SliceSum", "gradient_squares"]
 
@@ -205,6 +205,6 @@ def gradient_squares(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
     squares: dict[str, Tensor] = {}
     for bucket in buckets:
         mine = bucket.gradients[bucket.owned]
-        square = torch.linalg.vector_norm(mine).square() / bucket.groups.replicate.size
+        square = square_sums(mine.unsqueeze(0))[0] / bucket.groups.replicate.size
         squares[bucket.label] = squares.get(bucket.label, square.new_zeros(())) + square
     return squares

@@ -204,7 +204,7 @@ def _update(
     square = sum(gradient_squares(reducer.buckets).values(), torch.zeros(()))
     if control.handle is not None:
         dist.all_reduce(square, group=control.handle)
-    norm = square.sqrt() / reducer.divisor
+    norm = (square.sqrt() / reducer.divisor).float()
     factor = (norm / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
     optimizer.step(lr, scale=(factor * reducer.divisor).float(), skip=torch.zeros_like(norm))
     reducer.clear()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gatewise.parallel.buckets import OwnedGradient
 from gatewise.parallel.collectives import Group
+from gatewise.parallel.squares import square_sums
 from gatewise.routers.api import Routing
 from gatewise.routers.balance import max_violation
 from gatewise.training.measures.load import (
@@ -151,7 +152,7 @@ def expert_squares(
         whole = gradient.values.new_zeros(spec.parameter.shape)
         whole.view(-1)[part.start : part.end] = gradient.values
         first = spec.start // math.prod(spec.shape[1:])
-        square_e = torch.linalg.vector_norm(whole.flatten(1), dim=1).square() / gradient.replicas
+        square_e = square_sums(whole.flatten(1)) / gradient.replicas
         row = square_e.new_zeros(num_experts, dtype=torch.float64)
         row[first : first + square_e.shape[0]] += square_e
         layer = spec.name.rpartition(".")[0]

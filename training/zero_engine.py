@@ -25,6 +25,7 @@ from gatewise.moe.model import Decoder, parameter_specs
 from gatewise.parallel.buckets import OwnedGradient
 from gatewise.parallel.parameters import Label, ParameterSpec, Part, owned_parts
 from gatewise.parallel.runtime import Runtime
+from gatewise.parallel.squares import square_sums
 from gatewise.training.config import TrainConfig
 from gatewise.training.engine import expert_layers
 from gatewise.training.fused import choose_fused, use_norms
@@ -123,7 +124,7 @@ class ZeroEngine:
         squares: dict[str, Tensor] = {}
         for partition, gradients in zip(self._partitions, self._reduced(), strict=True):
             for values in gradients:
-                square = torch.linalg.vector_norm(values.float()).square()
+                square = square_sums(values.float().reshape(1, -1))[0]
                 label = partition.label
                 squares[label] = squares[label] + square if label in squares else square
         return squares
