@@ -74,7 +74,7 @@ def settings(options: argparse.Namespace) -> TrainConfig:
             hidden=options.hidden,
             heads=max(1, options.hidden // 64),
             num_experts=options.experts,
-            top_k=2,
+            top_k=options.top_k,
             expert_width=options.expert_width,
         ),
         batch=BatchConfig(sequences=options.sequences * RANKS),
@@ -291,6 +291,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--expert-width", type=int, default=512)
     parser.add_argument("--expert-shard", type=int, default=1, help="2: a node splits each expert")
     parser.add_argument("--device-gmacs", type=float, default=0.0, help=_GMACS)

@@ -8,6 +8,7 @@ Shapes:  T tokens on this rank   K experts per token   D width   e experts of th
          G, F see `ops/grouped_ffn.py`
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +22,7 @@ from gatewise.moe.forward import ForwardPass
 from gatewise.moe.job import Job
 from gatewise.moe.tickets import PassPieces, PassTickets
 
-__all__ = ["arithmetic_types", "moe_compute", "prepare_tickets"]
+__all__ = ["arithmetic_types", "moe_compute", "prepare_tickets", "request_tickets"]
 
 
 def moe_compute(
@@ -123,10 +124,20 @@ def arithmetic_types(
 
 def prepare_tickets(job: Job) -> PassTickets:
     """Exchange counts and make the tickets of the passes that there will be."""
+    return request_tickets(job)()
+
+
+def request_tickets(job: Job) -> Callable[[], PassTickets]:
+    """Start to exchange counts; what is returned waits for them and makes the tickets."""
     with record_function("moe.prepare"):
         pieces = PassPieces.of(job.schedule)
-        cut = pieces.cut(job.expert_TK)
-        moves = job.dispatcher.moves
-        with job.execution.communication("exchange_counts") if moves else nullcontext():
-            prepared = job.dispatcher.prepare(cut, may_drop=job.may_drop)
-        return pieces.tickets(prepared)
+        agree = job.dispatcher.prepare(pieces.cut(job.expert_TK), may_drop=job.may_drop)
+    moves = job.dispatcher.moves
+
+    def tickets() -> PassTickets:
+        with record_function("moe.prepare"):
+            with job.execution.communication("exchange_counts") if moves else nullcontext():
+                prepared = agree()
+            return pieces.tickets(prepared)
+
+    return tickets

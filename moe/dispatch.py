@@ -13,7 +13,7 @@ Shapes:  T tokens of a chunk   K experts per token   N pairs that are kept   E e
          S ranks that split an expert   C chunks   D width
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -30,8 +30,8 @@ from gatewise.parallel.collectives import (
     RowExchange,
     Rows,
     RowSum,
-    exchange_ints,
     gather_uneven,
+    start_ints,
 )
 from gatewise.parallel.dims import ExpertGroups
 from gatewise.parallel.exchange import exchange_rows
@@ -94,15 +94,15 @@ class Dispatcher(Protocol):
     is_sharded: bool  # whether other ranks hold parts of the same experts
     moves: bool  # whether rows travel between ranks
 
-    def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
-        """Sort the pairs of each piece and agree with the other ranks on sizes, once for all.
+    def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> Callable[[], list[Ticket]]:
+        """Sort the pairs of each piece and start to agree with the other ranks on sizes.
 
         Args:
             pieces: equally many on all ranks: the chunks of a layer, or of all layers.
             may_drop: whether there can be dropped pairs.
 
         Returns:
-            One ticket per piece.
+            What waits for the other ranks, once for all pieces, and gives one ticket per piece.
         """
         ...
 
@@ -136,7 +136,7 @@ class LocalDispatcher:
         self.is_sharded = False
         self.moves = False
 
-    def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
+    def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> Callable[[], list[Ticket]]:
         """Sort the pairs of each piece; on a GPU the host waits only where pairs may be dropped."""
         sorts = [sort_pairs(piece.expert_TK, self.num_local) for piece in pieces]
         known = may_drop or any(piece.expert_TK.device.type == "cpu" for piece in pieces)
@@ -161,7 +161,7 @@ class LocalDispatcher:
                     counts,
                 )
             )
-        return tickets
+        return lambda: tickets
 
     def send(self, x_ND: Tensor, ticket: Ticket) -> Rows:
         """Hand the rows on."""
@@ -207,8 +207,8 @@ class AllToAllDispatcher:
         self.is_sharded = groups.shard.size > 1
         self.moves = groups.everyone.size > 1
 
-    def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> list[Ticket]:
-        """Sort the pairs of each piece and exchange all counts in one collective."""
+    def prepare(self, pieces: Sequence[Piece], *, may_drop: bool) -> Callable[[], list[Ticket]]:
+        """Sort the pairs of each piece and start to exchange all counts in one collective."""
         size, shards, local = self.group.size, self.groups.shard.size, self.num_local
         sorts = [sort_pairs(piece.expert_TK, size * local) for piece in pieces]
         sent_PCe = torch.stack([count_E.view(size, local) for *_, count_E in sorts], 1)
@@ -220,8 +220,24 @@ class AllToAllDispatcher:
         message_QCe = message_PCe
         if shards > 1:
             message_QCe = message_PCe.repeat_interleave(shards, 0)
-        with record_function("moe.exchange_counts"):
-            received_QCe = exchange_ints(message_QCe, self.groups.everyone)
+        arrived = start_ints(message_QCe, self.groups.everyone)
+
+        def agree() -> list[Ticket]:
+            with record_function("moe.exchange_counts"):
+                received_QCe = arrived()
+            return self._tickets(pieces, sorts, message_QCe, received_QCe)
+
+        return agree
+
+    def _tickets(
+        self,
+        pieces: Sequence[Piece],
+        sorts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+        message_QCe: Tensor,
+        received_QCe: Tensor,
+    ) -> list[Ticket]:
+        """Return the tickets, once it is known what the other ranks send."""
+        size, shards, local = self.group.size, self.groups.shard.size, self.num_local
         # The one host synchronisation: the collectives need sizes as host integers.
         both = torch.stack((message_QCe, received_QCe)).cpu()
         both = both.view(2, size, shards, len(pieces), -1)

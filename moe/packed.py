@@ -125,7 +125,7 @@ class PackedExperts(nn.Module):
         """Send each row to the rank of its expert and get its output back."""
         self._check(x_TD, expert_TK, weight_TK, dispatcher.group.size * dispatcher.num_local)
         whole = Piece(slice(0, x_TD.shape[0]), expert_TK)
-        (ticket,) = dispatcher.prepare([whole], may_drop=True)
+        (ticket,) = dispatcher.prepare([whole], may_drop=True)()
         rows_ND = gather_rows(x_TD, ticket.token_N)
         rows_RD = used_here(dispatcher.send(rows_ND, ticket).wait())
         assert ticket.arrange_R is not None

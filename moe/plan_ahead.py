@@ -86,7 +86,7 @@ def plan_tickets(
     watched = (execution or Execution()) if dispatcher.moves else Execution()
     with record_function("moe.plan"):
         with watched.communication("exchange_counts"):
-            prepared = dispatcher.prepare(pieces, may_drop=True)
+            prepared = dispatcher.prepare(pieces, may_drop=True)()
         tickets = {key: key[2].tickets(prepared[place]) for key, place in places.items()}
     return [
         BatchPlan(route, tuple(tickets[key] for key in layers))

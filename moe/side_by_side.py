@@ -1,17 +1,16 @@
 """Micro-batches that travel through a model side by side: whole blocks cover each other's rows.
 
-Read `forward.py`, `backward.py` and `compute.py` first. There one call of the layer runs its pass
-to the end. Here a call has three steps (rows leave; experts work and rows leave again; rows have
-come back), each an autograd function of its own, and between them other micro-batches compute:
-while the rows of one travel, attention and experts of the others work. In the backward pass
-autograd takes the steps in the reverse order of the forward pass, so gradients travel side by side
-in the same way; weight gradients hide the last rows of each.
+Read `turns.py`, `forward.py`, `backward.py` and `compute.py` first. There one call of the layer
+runs its pass to the end. Here a call has three steps (rows leave; experts work and rows leave
+again; rows have come back), each an autograd function of its own, and between them other
+micro-batches compute: while the rows of one travel, attention and experts of the others work. In
+the backward pass autograd takes the steps in the reverse order of the forward pass, so gradients
+travel side by side in the same way; weight gradients hide the last rows of each.
 
 The order in which collectives are issued follows from the number of micro-batches alone.
 
 Shapes:  B sequences of a micro-batch   S positions   T tokens of it   K experts per token   D width
          e experts of this rank   G, F see `ops/grouped_ffn.py`
-Source:  the order is FlowMoE's (NeurIPS 2025): all attention of a block, then all experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +23,16 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from gatewise.moe.backward import BackwardPass
-from gatewise.moe.compute import arithmetic_types, prepare_tickets
+from gatewise.moe.compute import arithmetic_types, request_tickets
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.feed_forward import FeedForward
 from gatewise.moe.forward import ForwardPass
 from gatewise.moe.job import Job
+from gatewise.moe.layer import MoELayer
 from gatewise.moe.model import Block, Decoder, DecoderOutput
+from gatewise.moe.tickets import PassTickets
 from gatewise.moe.transit import StageFunction
+from gatewise.moe.turns import turns
 from gatewise.parallel.schedule.executor import Handle, LaneError
 from gatewise.parallel.schedule.plan import Lane, StageGraph, Task
 from gatewise.parallel.schedule.recorder import Mark, Recorder
@@ -56,11 +58,15 @@ def forward_side_by_side(
     assert model.split.parts == 1
     host = _Host()
     parts = [_Part(model, token_BS, contexts[i], i, host) for i, token_BS in enumerate(batches)]
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        for part in parts:
+    for turn in turns(len(model.blocks), len(parts)):
+        part = parts[turn.part]
+        if turn.step == "enter":
+            block = model.blocks[turn.block]
+            assert isinstance(block, Block)
             part.enter(block)
-        for part in parts:
+        elif turn.step == "send":
+            part.send()
+        else:
             part.work()
     return [part.leave(model) for part in parts]
 
@@ -95,11 +101,13 @@ class _Part:
         self._rotary = model.rotary(token_BS.shape[1], device=token_BS.device)
         self._x_BSD = F.embedding(token_BS, model.embedding)
         self._call: _Call | None = None
+        self._layer: MoELayer | None = None
+        self._x_TD = self._x_BSD  # what the layer gets
         self._shared_TD: Tensor | None = None
         self._routings: list[Routing] = []
 
     def enter(self, block: Block) -> None:
-        """Take what the block before gave, compute attention, and let the rows leave."""
+        """Take what the block before gave, compute attention, and decide where rows go."""
         self._arrive()
         x_BSD = self._x_BSD
         x_BSD = x_BSD + block.attention(
@@ -111,13 +119,19 @@ class _Part:
             self._x_BSD = x_BSD + layer(normed_BSD)
             return
         self._x_BSD = x_BSD
-        x_TD = normed_BSD.flatten(0, 1)
+        x_TD = self._x_TD = normed_BSD.flatten(0, 1)
         routing, self._context, may_drop = layer.decide(x_TD, self._context, block.layer)
         job = layer.job(routing.expert_TK, may_drop=may_drop, layer=block.layer)
         state = _State(job, self._place, self._host)
-        self._call = _Call(x_TD, routing.weight_TK, layer.experts, state)
-        self._shared_TD = None if layer.shared is None else layer.shared(x_TD)
+        self._call, self._layer = _Call(x_TD, routing.weight_TK, layer.experts, state), layer
         self._routings.append(routing)
+
+    def send(self) -> None:
+        """Let the rows leave, once all ranks know how many."""
+        if self._call is not None and self._layer is not None:
+            self._call.send()
+            shared = self._layer.shared
+            self._shared_TD = None if shared is None else shared(self._x_TD)
 
     def work(self) -> None:
         """Let the experts work on the rows that have arrived, and send them back."""
@@ -136,11 +150,11 @@ class _Part:
         if self._shared_TD is not None:
             y_TD = y_TD + self._shared_TD
         self._x_BSD = self._x_BSD + y_TD.view_as(self._x_BSD)
-        self._call = self._shared_TD = None
+        self._call = self._layer = self._shared_TD = None
 
 
 class _Call:
-    """One call of the layer in three steps; the rows leave where it is made."""
+    """One call of the layer in three steps; where it is made the ranks start to tell counts."""
 
     def __init__(
         self, x_TD: Tensor, weight_TK: Tensor, experts: GroupedExperts, state: "_State"
@@ -150,7 +164,12 @@ class _Call:
         self._state = state
         state.weight_TK = weight_TK.detach()
         state.weights = w_in_eGD.detach(), w_out_eDF.detach()
-        self._thread: Tensor = _Leave.apply(x_TD, self._state)  # type: ignore[no-untyped-call]
+        self._x_TD = self._thread = x_TD
+
+    def send(self) -> None:
+        """Run the first step."""
+        self._state.agree()
+        self._thread = _Leave.apply(self._x_TD, self._state)  # type: ignore[no-untyped-call]
 
     def work(self) -> None:
         """Run the second step."""
@@ -193,16 +212,21 @@ class _State:
 
     weight_TK: Tensor
     weights: tuple[Tensor, Tensor]
+    tickets: PassTickets
 
     def __init__(self, job: Job, place: int, host: _Host) -> None:
         assert job.sinks is None
         self.job, self._place, self._host = job, place, host
-        host.stop(self._recorder)
-        self.tickets = prepare_tickets(job)
-        host.go_on(self._recorder)
+        self._request = request_tickets(job)
         self.forward: ForwardPass | None = None
         self.backward: BackwardPass | None = None
         self._under_way: tuple[Task, Lane, Handle, Mark | None] | None = None
+
+    def agree(self) -> None:
+        """Wait for the other ranks' counts."""
+        self._host.stop(self._recorder)
+        self.tickets = self._request()
+        self._host.go_on(self._recorder)
 
     def run(
         self, names: Sequence[str], functions: Mapping[str, StageFunction], graph: StageGraph

@@ -9,7 +9,7 @@ with the receives posted first (`pairwise.py`), on GPUs in one collective.
 Shapes:  R rows received   N rows sent   D width   P ranks of a group
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,7 @@ __all__ = [
     "gather_uneven",
     "reduce_scatter_sum",
     "start_exchange",
+    "start_ints",
 ]
 
 
@@ -210,12 +211,22 @@ def _sum_in_order(parts_PRD: Tensor) -> Tensor:
 
 def exchange_ints(values: Tensor, group: Group) -> Tensor:
     """All-to-all of equal integer slices: row r of (size, ...) goes to rank r."""
+    return start_ints(values, group)()
+
+
+def start_ints(values: Tensor, group: Group) -> Callable[[], Tensor]:
+    """Start the same; what is returned waits and gives what has arrived."""
     if group.handle is None:
-        return values
-    values = values.contiguous()  # before empty_like, which keeps strides
-    received = torch.empty_like(values)
-    start_exchange(received, values, group, small=True).wait()
-    return received
+        return lambda: values
+    sent = values.contiguous()  # before empty_like, which keeps strides
+    received = torch.empty_like(sent)
+    exchange = start_exchange(received, sent, group, small=True)
+
+    def wait() -> Tensor:
+        exchange.wait()
+        return received
+
+    return wait
 
 
 def reduce_scatter_sum(flat: Tensor, group: Group) -> "ShardSum":

@@ -20,4 +20,5 @@ def square_sums(x_RN: Tensor) -> Tensor:
     whole = x_RN[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
     norms = torch.linalg.vector_norm(whole, dim=2).double()
     rest = torch.linalg.vector_norm(x_RN[:, blocks * _BLOCK :], dim=1).double()
-    return norms.square().sum(1) + rest.square()
+    sums: Tensor = norms.square().sum(1) + rest.square()
+    return sums

@@ -1,31 +1,34 @@
 """Blocks in a row, and parts of a micro-batch that go through them side by side in a fixed order.
 
-Read `policies.py` and `moe/side_by_side.py` first: this is `whole_block` as training runs it. One
-thread leads all parts through each block: it computes their attention one after the other and lets
-their rows leave, then waits for the rows of each and lets its experts work. So the order of all
-tasks is known, and so is what waits for what: the prediction is of exactly that order.
+Read `policies.py`, `moe/turns.py` and `moe/side_by_side.py` first: this is `whole_block` as
+training runs it. One thread leads all parts, so the order of all tasks is known, and so is what
+waits for what: the prediction is of exactly that order.
 """
 
 from collections.abc import Iterator
 
 from gatewise.moe.planning.block import BACKWARD_TABLE, FORWARD_TABLE, stages_of
 from gatewise.moe.planning.policies import Pass, Problem, Proposal
+from gatewise.moe.turns import turns
 from gatewise.parallel.schedule.cost import Amount
 from gatewise.parallel.schedule.plan import Stage, StageGraph, Task, ordered_plan
 
 __all__ = ["beside_pass", "chain", "propose_beside"]
 
-# What a part does when it enters a block, and when its experts work.
-_ENTER = ("attention", "attention_scatter", "order", "dispatch", "shared")
-_WORK = ("gather", "experts", "scatter", "collect")
-_LEAVE = ("combine", "block_gather")
-# The backward pass takes these in the reverse order.
-_LEAVE_GRAD = ("block_gather_grad", "combine_grad", "collect_grad")
-_WORK_GRAD = ("scatter_grad", "experts_data", "gather_grad", "dispatch_grad", "experts_weights")
-_ENTER_GRAD = (
-    *("shared_grad", "order_grad", "attention_scatter_grad"),
-    *("attention_grad", "attention_weights"),
-)
+# The stages of each step of a part, and of what goes before it enters a block: `moe/turns.py`.
+_FORWARD = {
+    "enter": ("attention", "attention_scatter"),
+    "send": ("order", "dispatch", "shared"),
+    "work": ("gather", "experts", "scatter", "collect"),
+}
+_ARRIVE = ("combine", "block_gather")
+# Autograd takes the steps in the reverse order.
+_BACKWARD = {
+    "work": ("scatter_grad", "experts_data", "gather_grad", "dispatch_grad", "experts_weights"),
+    "send": ("shared_grad", "order_grad"),
+    "enter": ("attention_scatter_grad", "attention_grad", "attention_weights"),
+}
+_ARRIVE_GRAD = ("block_gather_grad", "combine_grad", "collect_grad")
 
 
 def propose_beside(problem: Problem) -> list[Proposal]:
@@ -96,36 +99,37 @@ def beside_pass(problem: Problem, name: str, parts: int) -> Pass:
     stages, amounts = chain(problem, name)
     graph = StageGraph(tuple(stages))
     have = {stage.name: stage.count(parts) for stage in stages}
-    rows = _forward_rows(problem.blocks) if name == "forward" else _backward_rows(problem.blocks)
-    order = [
-        Task(stage, part)
-        for names in rows
-        for part in range(parts)
-        for stage in names
-        if part < have.get(stage, 0)
-    ]
+    tasks = _forward_tasks if name == "forward" else _backward_tasks
+    order = [task for task in tasks(problem.blocks, parts) if task.chunk < have.get(task.stage, 0)]
     # who leads all parts waits for what travels within a node, before and behind the experts
     plan = ordered_plan(graph, parts, order, merge={"intra": "compute"})
     return Pass(graph, plan, amounts)
 
 
-def _forward_rows(blocks: int) -> Iterator[list[str]]:
-    """Yield the stages that every part runs before the next part does."""
-    before: list[str] = []
-    for block in range(blocks):
-        yield before + [f"{block}.{stage}" for stage in _ENTER]
-        yield [f"{block}.{stage}" for stage in _WORK]
-        before = [f"{block}.{stage}" for stage in _LEAVE]
-    yield before
+def _forward_tasks(blocks: int, parts: int) -> Iterator[Task]:
+    """Yield all tasks of the forward pass in order, also of stages that there may not be."""
+    for turn in turns(blocks, parts):
+        if turn.step == "enter" and turn.block:
+            yield from _tasks(turn.block - 1, _ARRIVE, turn.part)
+        yield from _tasks(turn.block, _FORWARD[turn.step], turn.part)
+    for part in range(parts):
+        yield from _tasks(blocks - 1, _ARRIVE, part)
 
 
-def _backward_rows(blocks: int) -> Iterator[list[str]]:
-    """Yield the same of the backward pass; block 0 is the last one of the model."""
-    yield [f"0.{stage}" for stage in _LEAVE_GRAD]
-    for block in range(blocks):
-        yield [f"{block}.{stage}" for stage in _WORK_GRAD]
-        entering = [f"{block}.{stage}" for stage in _ENTER_GRAD]
-        if block + 1 < blocks:
-            entering += [f"{block + 1}.{stage}" for stage in _LEAVE_GRAD]
-        yield entering
-        yield [f"{block}.reduce_end"]  # full buckets leave when the block's gradients are there
+def _backward_tasks(blocks: int, parts: int) -> Iterator[Task]:
+    """Yield those of the backward pass, whose block 0 and part 0 are the last of the forward."""
+    for part in range(parts):
+        yield from _tasks(0, _ARRIVE_GRAD, part)
+    for turn in reversed(list(turns(blocks, parts))):
+        block, part = blocks - 1 - turn.block, parts - 1 - turn.part
+        yield from _tasks(block, _BACKWARD[turn.step], part)
+        if turn.step == "enter":
+            if turn.block:
+                yield from _tasks(block + 1, _ARRIVE_GRAD, part)
+            if part == parts - 1:  # the block's gradients are there: full buckets leave
+                yield from _tasks(block, ("reduce_end",), 0)
+
+
+def _tasks(block: int, stages: tuple[str, ...], part: int) -> Iterator[Task]:
+    for stage in stages:
+        yield Task(f"{block}.{stage}", part)

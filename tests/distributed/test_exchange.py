@@ -31,7 +31,7 @@ def routed(tokens: int, rank: int, *, experts: int = EXPERTS) -> Tensor:
 def both_ways(groups: ExpertGroups, expert_TK: Tensor, chunks: int) -> list[Tensor]:
     """Send numbered rows to their experts and back, and return all that was ever received."""
     dispatcher = AllToAllDispatcher(EXPERTS, groups)
-    tickets = dispatcher.prepare(cut_pieces(expert_TK, chunks), may_drop=True)
+    tickets = dispatcher.prepare(cut_pieces(expert_TK, chunks), may_drop=True)()
     sent = [
         dist.get_rank() * 1e4 + ticket.order_N[:, None] + torch.arange(WIDTH) / 8
         for ticket in tickets
@@ -120,7 +120,7 @@ def test_one_rank_alone_hands_rows_on_without_a_copy() -> None:
 def _one_exchange_of_counts(rank: int, world: int) -> None:
     groups = make_groups(ParallelConfig(ranks=world, expert=2, expert_shard=2)).experts
     dispatcher = AllToAllDispatcher(EXPERTS, groups)
-    tickets = dispatcher.prepare(cut_pieces(routed(11 + rank, rank), 3), may_drop=True)
+    tickets = dispatcher.prepare(cut_pieces(routed(11 + rank, rank), 3), may_drop=True)()
     assert groups.everyone.traffic.calls == 1
     assert groups.rows.traffic.calls == groups.shard.traffic.calls == 0
     for ticket in tickets:

@@ -29,7 +29,7 @@ def test_a_ticket_holds_each_kept_pair_once_by_expert_then_token(
 ) -> None:
     expert_TK = choices(num_tokens, 5, 2, dropped)
     cuts = [slice(num_tokens * i // chunks, num_tokens * (i + 1) // chunks) for i in range(chunks)]
-    tickets = LocalDispatcher(5).prepare(cut_pieces(expert_TK, chunks), may_drop=dropped > 0)
+    tickets = LocalDispatcher(5).prepare(cut_pieces(expert_TK, chunks), may_drop=dropped > 0)()
     assert [ticket.tokens for ticket in tickets] == cuts
     for ticket in tickets:
         mine_TK = expert_TK[ticket.tokens]
@@ -51,7 +51,7 @@ def test_a_ticket_holds_each_kept_pair_once_by_expert_then_token(
 
 def test_local_rows_are_handed_on_without_a_copy() -> None:
     dispatcher = LocalDispatcher(3)
-    (ticket,) = dispatcher.prepare(cut_pieces(choices(4, 3, 1), 1), may_drop=False)
+    (ticket,) = dispatcher.prepare(cut_pieces(choices(4, 3, 1), 1), may_drop=False)()
     rows_ND = gather_rows(torch.randn(4, 2), ticket.token_N)
     assert dispatcher.send(rows_ND, ticket).wait() is rows_ND
     assert dispatcher.give_back(rows_ND, ticket).wait() is rows_ND

@@ -54,7 +54,7 @@ def test_the_number_of_pieces_depends_on_the_plans_alone(
 def test_equal_cuts_share_their_tickets() -> None:
     cuts = cut_by(2, (0.5, 0.5))
     expert_TK = torch.tensor([[0], [1], [0], [1]])
-    tickets = cuts.tickets(LocalDispatcher(2).prepare(cuts.cut(expert_TK), may_drop=False))
+    tickets = cuts.tickets(LocalDispatcher(2).prepare(cuts.cut(expert_TK), may_drop=False)())
     assert tickets.forward is tickets.backward
     assert [part.piece for chunk in tickets.forward for part in chunk.parts] == [0, 1]
 
@@ -77,7 +77,7 @@ def test_rows_that_came_back_are_found_by_their_pairs(
     expert_TK[torch.rand(13, 2, generator=generator) < dropped] = -1
     cuts = cut_by(forward, backward)
     dispatcher = LocalDispatcher(4)
-    tickets = cuts.tickets(dispatcher.prepare(cuts.cut(expert_TK), may_drop=dropped > 0))
+    tickets = cuts.tickets(dispatcher.prepare(cuts.cut(expert_TK), may_drop=dropped > 0)())
     returned = torch.cat(  # the pair of each row that comes back in the forward pass
         [2 * chunk.ticket.tokens.start + chunk.ticket.order_N for chunk in tickets.forward]
     )
@@ -110,7 +110,7 @@ class Sources:
         for source, expert, _, _ in rows:
             count_Se[source, expert] += 1
         count_e = count_Se.sum(0)
-        own = LocalDispatcher(self.num_experts).prepare([piece], may_drop=False)[0]
+        own = LocalDispatcher(self.num_experts).prepare([piece], may_drop=False)()[0]
         arrange_R = torch.tensor(arrange, dtype=torch.int64)
         return replace(
             own,
