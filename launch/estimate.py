@@ -90,6 +90,7 @@ def _estimate(own: EstimateConfig, config: TrainConfig, folder: RunFolder) -> Ma
         "parameters": memory.parameters,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
+        "gradients received": memory.exchange,
         "activations": memory.activations,
         "  rows received": memory.receive,
         "backward pass": memory.backward,

@@ -6,7 +6,8 @@ backward pass needs beside it. On a CPU the C allocator keeps what was freed (`r
 peak of the process is that of the fullest moment. The copy of a checkpoint stays from the first
 save on, for the next one:
 
-    parameters + gradients + optimizer + the larger of  a step,  an evaluation beside the copy
+    parameters + gradients + optimizer + exchange
+        + the larger of  a step,  an evaluation beside the copy
 
 Shapes:  T tokens of a micro-batch   K experts per token   R rows received   D model width
          G, F see `moe/ops/grouped_ffn.py`   V vocabulary   a bytes of an activation
@@ -42,6 +43,7 @@ class MemoryEstimate:
     parameters: float
     gradients: float
     optimizer: float  # moments, and master weights where they are copies
+    exchange: float  # other ranks' gradients of what is sharded; all are under way at a step's end
     activations: float  # kept for the backward pass, at its fullest
     receive: float  # of these, rows that came from other ranks, at the stated imbalance
     backward: float  # what the pass needs beside them
@@ -53,8 +55,8 @@ class MemoryEstimate:
 
     @property
     def state(self) -> float:
-        """What stays from step to step."""
-        return self.parameters + self.gradients + self.optimizer
+        """What stays from step to step, or is kept for the next one by the C allocator."""
+        return self.parameters + self.gradients + self.optimizer + self.exchange
 
     @property
     def step(self) -> float:
@@ -104,6 +106,7 @@ def estimate_memory(
         for s, w, n, spec in zip(sizes, wide, shares, specs, strict=True)
         if spec.parameter.element_size() != w
     )
+    sharded = sum(s * w for s, w, n in zip(sizes, wide, shares, strict=True) if n > 1)
     every = config.checkpoint.every
     work = _Work(config, vocab_size, number_bytes, imbalance)
     read = config.steps * config.batch.sequences / config.parallel.ranks
@@ -112,6 +115,7 @@ def estimate_memory(
         parameters=values / _MB,
         gradients=sum(s * w for s, w in zip(sizes, wide, strict=True)) / _MB,
         optimizer=(2 * owned + copies) / _MB,
+        exchange=sharded / _MB,
         activations=work.kept() / _MB,
         receive=work.received() / _MB,
         backward=(work.beside() + _largest_gradient(specs, number_bytes)) / _MB,

@@ -54,6 +54,15 @@ def test_spread_experts_and_sharded_state_take_less_of_each_rank() -> None:
     assert one.receive == 0
 
 
+def test_sharded_state_receives_the_gradients_of_all_that_is_sharded() -> None:
+    assert estimate(ranks=4).exchange == 0
+    whole = estimate(ranks=4, shard=4)
+    assert whole.exchange == pytest.approx(whole.gradients)
+    alone = estimate(ranks=4, expert=4, shard=2)  # nobody else holds a rank's experts
+    assert 0 < alone.exchange < alone.gradients
+    assert whole.state == pytest.approx(whole.gradients * 3 + whole.optimizer)
+
+
 def test_recomputation_and_micro_batches_keep_less() -> None:
     model = {"layers": 8}
     assert estimate(model=model).activations > 2 * estimate(model=model, recompute=True).activations
