@@ -116,7 +116,7 @@ def read_run(folder: Path) -> StoredRun:
             f"RUN is {str(folder)!r}, where nothing can be shown: {what}; give the folder of a run "
             "that wrote at least one record"
         )
-    if run.records and not run.result:
+    if run.records and not (folder / "result.json").exists():
         run.notes.append("without result.json: the run was killed, or is still going on")
     error = run.result.get("error")
     if error:
@@ -195,11 +195,11 @@ def _read_records(run: StoredRun) -> None:
         by_step.setdefault(record["step"], {}).update(good)
     run.records = [by_step[step] for step in sorted(by_step)]
     if bad:
-        where = "the last one, torn by a kill" if bad == [len(lines)] else f"the first is {bad[0]}"
-        run.notes.append(
-            f"metrics.jsonl is damaged: {len(bad)} of {len(lines)} lines cannot be read ({where}); "
-            "the others are shown"
-        )
+        where = f"{len(bad)} of {len(lines)} lines cannot be read (the first is {bad[0]})"
+        if bad == [len(lines)]:
+            where = f"the last of {len(lines)} lines, torn by a kill, cannot be read"
+        shown = "the others are shown" if by_step else "no record is left"
+        run.notes.append(f"metrics.jsonl is damaged: {where}; {shown}")
     if odd:
         run.notes.append(f"metrics.jsonl is damaged: no numbers in {', '.join(sorted(odd)[:5])}")
     if not lines:

@@ -44,7 +44,13 @@ class WandbFile:
 def find_wandb_files(folder: Path) -> list[Path]:
     """Return the logs below a run's folder, one for each start, the oldest first."""
     found = (folder / "wandb").glob("*run-*-*/run-*.wandb")
-    return sorted(found, key=lambda path: (path.parent.name.partition("run-")[2], path.name))
+
+    def place(path: Path) -> tuple[str, bool]:
+        """Of one second the start that the service refused comes first, then the one offline."""
+        kind, _, time_and_id = path.parent.name.partition("run-")
+        return time_and_id, kind == "offline-"
+
+    return sorted(found, key=place)
 
 
 def read_fragments(data: bytes) -> Iterator[bytes]:

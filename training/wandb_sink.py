@@ -296,9 +296,13 @@ class WandbSink:
 
     def _give_up(self, error: Exception) -> None:
         self._run, self._is_off = None, True
+        kept = ""
+        if find_wandb_files(self._folder):
+            kept = f", and `wandb sync {self._folder / 'wandb'}` sends those until now"
         _logger.warning(
-            "W&B is off for the rest of this run (%s); metrics.jsonl has every record",
+            "W&B is off for the rest of this run (%s); metrics.jsonl has every record%s",
             _told_by(error),
+            kept,
         )
 
 

@@ -1,6 +1,5 @@
 """`gatewise submit` through torchrun: sweeps from one command, a stop, two agents and a crash."""
 
-import contextlib
 import json
 import re
 import signal
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from commands import CLI, environment, losses_of, ranks_of, result_of, write_text
+from wandb_logs import finished_log
 
 from gatewise.launch.job_script import template
 from gatewise.launch.submit_config import Launcher
-from gatewise.training.wandb_files import WandbFile, find_wandb_files, read_wandb_file
+from gatewise.training.wandb_files import find_wandb_files
 
 pytestmark = pytest.mark.dist
 
@@ -81,7 +81,9 @@ def test_a_sweep_of_two_routers_and_two_rates_runs_through_torchrun(sweep: Path)
 
 def test_the_points_of_a_sweep_are_runs_of_one_group_in_the_clients_own_files(sweep: Path) -> None:
     pytest.importorskip("wandb", reason="needs the extra wandb")
-    runs = [finished_log(folder) for folder in sorted(sweep.glob("router=*"))]
+    logs = [find_wandb_files(folder) for folder in sorted(sweep.glob("router=*"))]
+    assert [len(files) for files in logs] == [1] * 4
+    runs = [finished_log(files[0]) for files in logs]
     assert {run.group for run in runs} == {"sweep"}
     assert len({run.run_id for run in runs}) == 4
     assert sorted(run.name for run in runs) == [
@@ -97,20 +99,6 @@ def test_the_points_of_a_sweep_are_runs_of_one_group_in_the_clients_own_files(sw
         ("recurrent", 0.003),
     ]
     assert [[row["train/step"] for row in run.rows] for run in runs] == [[1, 2, 3, 4]] * 4
-
-
-def finished_log(folder: Path) -> WandbFile:
-    """Return a run's only log; the client's own process may write its end late."""
-    (path,) = find_wandb_files(folder)
-    found = [WandbFile()]
-
-    def is_finished() -> bool:
-        with contextlib.suppress(ValueError):  # not even begun
-            found[0] = read_wandb_file(path)
-        return found[0].is_finished
-
-    wait_until(is_finished, seconds=60)
-    return found[0]
 
 
 def test_a_search_trains_points_of_an_interval(text: list[str], tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_what_was_not_recorded_is_said_to_be_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "note"),
     [
-        ("metrics.jsonl", None, "1 of 24 lines cannot be read (the last one, torn by a kill)"),
+        ("metrics.jsonl", None, "the last of 24 lines, torn by a kill, cannot be read"),
         ("result.json", b"", "result.json is damaged"),
         ("result.json", b"[1]", "result.json is damaged: it holds no object"),
         ("config.yaml", b"\x00\xff\xfe", "config.yaml cannot be read: it is not text"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb_logs import finished_log
 
 from gatewise.training.config import Artifacts, WandbConfig
 from gatewise.training.sinks import JsonlSink, close_all
@@ -35,17 +36,6 @@ def quiet_client(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-
-
-def wait_for_log(path: Path) -> None:
-    """Wait for the client's own process, which may still write when `finish` has returned."""
-    deadline = time.monotonic() + 60
-    while True:
-        with contextlib.suppress(ValueError):  # not even begun
-            if read_wandb_file(path).is_finished:
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 class Training:
@@ -73,7 +63,7 @@ class Training:
             sinks[1]._run.finish()  # type: ignore[attr-defined]
             sinks.pop()
         close_all(sinks)
-        wait_for_log(find_wandb_files(self.folder)[-1])
+        finished_log(find_wandb_files(self.folder)[-1])
 
     def files(self) -> list[WandbFile]:
         return [read_wandb_file(path) for path in find_wandb_files(self.folder)]
@@ -93,6 +83,15 @@ def test_after_a_kill_each_step_is_there_once_and_nothing_is_missing(tmp_path: P
     assert [row["train/loss"] for row in rows] == [1 / step for step in range(1, 7)]
     assert [row["val/loss"] for row in rows if "val/loss" in row] == [1.0, 0.5, 1 / 3]
     assert len({file.run_id for file in training.files()}) == 1
+
+
+def test_of_one_second_the_start_that_was_refused_comes_first(tmp_path: Path) -> None:
+    names = ["offline-run-20261122_120001-a", "run-20261122_120001-a", "run-20261122_120000-a"]
+    for name in names:
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+        (tmp_path / "wandb" / name / "run-a.wandb").touch()
+    found = [path.parent.name for path in find_wandb_files(tmp_path)]
+    assert found == names[::-1]
 
 
 DYING = """
@@ -131,7 +130,8 @@ def wait_for_client(pid: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_after_sigkill_each_step_is_there_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", DYING, str(tmp_path)]
-    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    unit = Path(__file__).parent
+    path = os.pathsep.join((str(unit), str(unit.parent), os.environ.get("PYTHONPATH", "")))
     environ = {**os.environ, "PYTHONPATH": path}
     environ.pop("WANDB_SERVICE", None)  # the client's process of this process's own runs
     process = subprocess.Popen(command, env=environ)

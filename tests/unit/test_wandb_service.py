@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from training_runs import make_text, run, tiny
+from wandb_logs import finished_log
 from wandb_service import KEY, WandbService
 
 from gatewise.launch import dashboard
@@ -81,7 +82,7 @@ def test_a_refused_key_is_one_line_and_the_records_are_kept_offline(
     assert "W&B does not take this run" in lines[0]
     assert "invalid API key" in lines[0]
     assert f"wandb sync {tmp_path / 'wandb'}" in lines[0]
-    rows = read_wandb_file(find_wandb_files(tmp_path)[-1]).rows
+    rows = finished_log(find_wandb_files(tmp_path)[-1]).rows
     assert [row["train/step"] for row in rows] == [1, 2, 3]
 
 
