@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gatewise.moe.experts import GroupedExperts
-from gatewise.moe.model import Decoder
+from gatewise.moe.model import Block, Decoder
 from gatewise.moe.ops.grouped_ffn import ffn_backward_data, ffn_backward_weights, ffn_forward
 from gatewise.parallel.runtime import Runtime
 from gatewise.parallel.schedule.cost import Cost, Interference
@@ -50,7 +50,8 @@ def measure_costs(
     """
     layout, groups = run_layout(config), runtime.groups
     unknown = Profile(layout, dict.fromkeys(OPERATIONS, Cost(0.0, 0.0)), Interference.none())
-    work = layer_problem(config, unknown, dtype.itemsize).work
+    problem = layer_problem(config, unknown, dtype.itemsize)
+    work = problem.work
     size = {name: amount.size for name, amount in {**work.forward, **work.backward}.items()}
     probes = collective_probes(
         groups.experts.rows,
@@ -68,6 +69,11 @@ def measure_costs(
         width=config.model.hidden,
         largest={"attention": size["attention_grad"], "memory": size["order"]},
     )
+    if groups.tensor.size == 1:  # else each rank has a part of the heads, which nothing runs alone
+        own = work.forward["attention"].size / problem.sequences
+        probes["attention"] = _attention_probe(
+            model, size["attention_grad"], own, length=config.data.sequence_length, dtype=dtype
+        )
     experts = model.moe_layers()[0].experts
     probes |= _expert_probes(experts, size["experts"], dtype)
     meter = Meter(groups.control, lanes)
@@ -86,6 +92,38 @@ def measure_costs(
 def _quarter(probe: Probe) -> Probe:
     """Return a probe of the size that chunks have."""
     return Probe(probe.lane, (max(probe.sizes) / 4,), probe.prepare)
+
+
+def _attention_probe(
+    model: Decoder, largest: float, own: float, *, length: int, dtype: torch.dtype
+) -> Probe:
+    """Return the probe of a block's attention with its norms, as the host runs it.
+
+    Its start includes what the host needs to issue it, which is what small parts pay for.
+
+    Args:
+        model: whose first block is measured.
+        largest: most multiply-adds.
+        own: multiply-adds of one sequence.
+        length: S, of a sequence.
+        dtype: of the arithmetic.
+    """
+    block = next(module for module in model.modules() if isinstance(module, Block))
+    device = model.embedding.device
+    rotary = model.rotary(length, device=device)
+
+    def prepare(size: float) -> tuple[float, Run]:
+        count = max(1, round(size / own))
+        x_BSD = torch.randn(count, length, model.config.hidden, dtype=dtype, device=device)
+
+        @torch.no_grad()
+        def run() -> None:
+            y_BSD = block.attention(block.norm_attention(x_BSD), rotary, block.layer, None)
+            drop(block.norm_feed_forward(x_BSD + y_BSD))
+
+        return count * own, run
+
+    return Probe("compute", sweep(largest), prepare)
 
 
 def _expert_probes(experts: GroupedExperts, largest: float, dtype: torch.dtype) -> dict[str, Probe]:
