@@ -26,10 +26,10 @@ ENGINES = {
     "ZeRO 2": ["engine=deepspeed", "deepspeed.stage=2"],
 }
 SMALL = ["model.layers=1", "model.hidden=32", "model.heads=2", "model.expert_width=16"]
-LARGE = ["model.layers=4", "model.hidden=1024", "model.heads=8", "model.expert_width=512"]
+LARGE = ["model.layers=2", "model.hidden=1024", "model.heads=8", "model.expert_width=512"]
 COMMON = ["model.num_experts=8", "precision=fp32", "parallel.expert=2", "log_every=1", "seed=1"]
 COMMON += ["batch.sequences=8", "data.sequence_length=16", "wandb.mode=off", "evaluation.tokens=64"]
-MOMENTS = re.compile(r"([\d.]+) MB of master weights and moments")
+MOMENTS = re.compile(r"([\d.]+) MB of moments and copies")
 
 
 def train(folder: Path, ranks: int, steps: int, settings: list[str]) -> dict[str, Any]:

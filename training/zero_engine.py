@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gatewise.moe.model import Decoder, parameter_specs
 from gatewise.parallel.buckets import OwnedGradient
 from gatewise.parallel.parameters import Label, ParameterSpec, Part, owned_parts
-from gatewise.parallel.runtime import Runtime
+from gatewise.parallel.runtime import Runtime, return_freed_memory
 from gatewise.parallel.squares import square_sums
 from gatewise.training.config import TrainConfig
 from gatewise.training.engine import expert_layers
@@ -84,13 +84,18 @@ class ZeroEngine:
         )
         self._engine = _initialize(model, self._inner, config, expert_ranks)
         self._zero = self._engine.optimizer
+        if not self._offload:
+            _share_masters(self._zero)
+        return_freed_memory()  # of the parameters' moves into DeepSpeed's flat tensors
         self._fresh = True  # no backward pass since the last step
         self._partitions = [self._describe(index, kind) for index, kind in enumerate(kinds)]
         size = sum(
-            p.master.nbytes + sum(t.nbytes for t in p.state.values()) for p in self._partitions
+            sum(t.nbytes for t in p.state.values())
+            + (p.master.nbytes if self._offload or p.master.dtype != flat.dtype else 0)
+            for p, flat in zip(self._partitions, self._zero.bit16_groups_flat, strict=True)
         )
         _log.info(
-            "DeepSpeed ZeRO %d%s: %.1f MB of master weights and moments on this rank",
+            "DeepSpeed ZeRO %d%s: %.1f MB of moments and copies of weights on this rank",
             config.deepspeed.stage,
             " with offload" if self._offload else "",
             size / 1e6,
@@ -192,6 +197,20 @@ class ZeroEngine:
         self._inner.state[flat] = state
         parts = owned_parts(placed, slice(start, start + flat.numel()))
         return _Partition(kind.label, kind.ratio, parts, flat.detach(), state)
+
+
+def _share_masters(zero: Any) -> None:
+    """Let master weights of the parameters' own type be the parameters, not copies of them."""
+    groups = zip(
+        zero.single_partition_of_fp32_groups,
+        zero.parallel_partitioned_bit16_groups,
+        zero.real_dp_process_group,
+        strict=True,
+    )
+    for master, partitions, group in groups:
+        mine = partitions[dist.get_rank(group)]
+        if mine.dtype == master.dtype:
+            master.data = mine.data
 
 
 def _group(
