@@ -335,7 +335,7 @@ def main(arguments: list[str]) -> None:
             + row["plan"]
         )
     kept = {
-        "settings": {name: str(value) for name, value in vars(options).items()},
+        "settings": {n: str(value) for n, value in vars(options).items() if n != "output"},
         "links": "loopback" if options.loopback else str(links),
         "cpu": cpu_model(),
         "loads": result["loads"],

@@ -9,6 +9,7 @@ Shapes:  R rows of this rank's experts   e experts of this rank   D width
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from gatewise.moe.experts import GroupedExperts
 from gatewise.moe.model import Block, Decoder
 from gatewise.moe.ops.grouped_ffn import ffn_backward_data, ffn_backward_weights, ffn_forward
+from gatewise.parallel.collectives import Group, RowExchange
 from gatewise.parallel.runtime import Runtime
 from gatewise.parallel.schedule.cost import Cost, Interference
 from gatewise.parallel.schedule.executor import Lanes
@@ -78,6 +80,9 @@ def measure_costs(
     probes |= _expert_probes(experts, size["experts"], dtype)
     meter = Meter(groups.control, lanes)
     costs = {name: meter.cost(probe) for name, probe in probes.items()}
+    if groups.experts.rows.handle is not None:
+        issue_ms = meter.cost(_issue_probe(groups.experts.rows)).ms(1.0)
+        costs["memory"] = _later(costs["memory"], issue_ms)
     matrices = 1 + experts.matrices_in
     costs |= {name: costs[name].scaled(1 / matrices) for name in ("experts", *OPTIONAL)}
     stand_in: dict[Lane, str] = {"compute": "experts"}
@@ -87,6 +92,26 @@ def measure_costs(
         stand_in["intra"] = "all_gather"
     interference = meter.interference({lane: _quarter(probes[n]) for lane, n in stand_in.items()})
     return Profile(layout, costs, interference, source)
+
+
+def _issue_probe(group: Group) -> Probe:
+    """Return the probe of an exchange of a row with each rank, led by the computing thread.
+
+    Every piece of a layer costs the host that much with each exchange, however few its rows.
+    """
+    rows = [1] * group.size
+
+    def run() -> None:
+        drop(RowExchange(torch.zeros(group.size, 1), rows, rows, group).wait())
+
+    return Probe("compute", (1.0,), lambda _size: (1.0, run))
+
+
+def _later(cost: Cost, ms: float) -> Cost:
+    """Return a cost with a longer start."""
+    return replace(
+        cost, alpha_ms=cost.alpha_ms + ms, small_alpha_ms=cost.small_alpha_ms + ms * bool(cost.knee)
+    )
 
 
 def _quarter(probe: Probe) -> Probe:
