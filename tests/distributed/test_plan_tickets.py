@@ -38,7 +38,7 @@ def assert_invariants(
         for layer, chunks in enumerate(CHUNKS):
             expert_TK = route.layer(layer).expert_TK
             pieces = cut_pieces(expert_TK, chunks)
-            alone = dispatcher.prepare(pieces, may_drop=True)
+            alone = dispatcher.prepare(pieces, may_drop=True)()
             both = plan.layer(layer)
             assert both is not None
             assert both.backward is both.forward
