@@ -16,7 +16,6 @@ import gatewise.moe.backward
 import gatewise.moe.forward
 import gatewise.training.measure_costs
 from gatewise.moe.feed_forward import FeedForward
-from gatewise.moe.ops.reuse import ReusedMemory
 
 __all__ = ["SleepingFeedForward", "emulate_experts"]
 
@@ -46,18 +45,13 @@ def emulate_experts(gmacs: float) -> None:
 
     def weights(
         dy_RD: Tensor,
-        _x_RD: Tensor,
-        _end_e: Tensor,
-        w_in_eGD: Tensor,
-        w_out_eDF: Tensor,
-        _work: tuple[Tensor, Tensor],
-        *,
+        *operands: Any,
         dw_in_eGD: Tensor | None = None,
         dw_out_eDF: Tensor | None = None,
         accumulate: bool = False,
-        count_list: list[int] | None = None,
-        memory: ReusedMemory | None = None,
+        **_: Any,
     ) -> tuple[Tensor, Tensor]:
+        w_in_eGD, w_out_eDF = operands[2:4]
         sleep(dy_RD, w_in_eGD, w_out_eDF)
         found = []
         for weight, buffer in ((w_in_eGD, dw_in_eGD), (w_out_eDF, dw_out_eDF)):

@@ -28,7 +28,6 @@ __all__ = [
     "Rows",
     "ShardSum",
     "Traffic",
-    "exchange_ints",
     "gather_uneven",
     "reduce_scatter_sum",
     "start_exchange",
@@ -209,13 +208,11 @@ def _sum_in_order(parts_PRD: Tensor) -> Tensor:
     return total_RD.to(first_RD.dtype)
 
 
-def exchange_ints(values: Tensor, group: Group) -> Tensor:
-    """All-to-all of equal integer slices: row r of (size, ...) goes to rank r."""
-    return start_ints(values, group)()
-
-
 def start_ints(values: Tensor, group: Group) -> Callable[[], Tensor]:
-    """Start the same; what is returned waits and gives what has arrived."""
+    """Start an all-to-all of equal integer slices: row r of (size, ...) goes to rank r.
+
+    What is returned waits for the rows of the other ranks and gives them.
+    """
     if group.handle is None:
         return lambda: values
     sent = values.contiguous()  # before empty_like, which keeps strides

@@ -104,9 +104,9 @@ def train_step(
         group = range(first, first + beside)
         outputs = _run_model(model, micro_batches, noise, plans, group)
         # the load of what travels side by side is balanced as that of one micro-batch
-        losses = balance.add([output.routings for output in outputs])
-        total = sum(losses.values(), torch.zeros((), device=loss.device)) * share * len(group)
-        for name, part in losses.items():
+        shared = balance.add([output.routings for output in outputs])
+        total = sum(shared.values(), torch.zeros((), device=loss.device)) * share * len(group)
+        for name, part in shared.items():
             extra[name] = extra.get(name, 0) + part.detach() * share * len(group)
         for index, output in zip(group, outputs, strict=True):
             target_BS = model.split.own(micro_batches[index][:, 1:])

@@ -8,8 +8,8 @@ from gatewise.parallel.collectives import (
     NO_GROUP,
     Group,
     RowExchange,
-    exchange_ints,
     reduce_scatter_sum,
+    start_ints,
 )
 from ranks import run_ranks
 
@@ -40,7 +40,7 @@ def test_rows_arrive_in_the_order_of_their_ranks() -> None:
 def _integers_arrive(rank: int, world: int) -> None:
     group = Group.of(dist.group.WORLD)
     mine = torch.arange(world * 2).view(world, 2) + 100 * rank
-    assert exchange_ints(mine.T.contiguous().T, group).tolist() == [
+    assert start_ints(mine.T.contiguous().T, group)().tolist() == [
         [100 * other + 2 * rank, 100 * other + 2 * rank + 1] for other in range(world)
     ]
 
@@ -72,6 +72,6 @@ def test_a_rank_gets_the_sum_of_its_slices_in_place() -> None:
 def test_a_group_of_one_moves_nothing() -> None:
     x = torch.arange(6.0).view(3, 2)
     assert RowExchange(x, [], [], NO_GROUP).wait() is x
-    assert exchange_ints(x.long(), NO_GROUP).tolist() == x.long().tolist()
+    assert start_ints(x.long(), NO_GROUP)().tolist() == x.long().tolist()
     assert reduce_scatter_sum(x.view(-1), NO_GROUP).wait().tolist() == list(range(6))
     assert NO_GROUP.traffic.calls == 0

@@ -1,12 +1,10 @@
 """Sweeps whose points Optuna chooses: ranges, what runs again, and what is refused."""
 
 import importlib.util
-import json
-import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
+from stand_in import calls, stand_in, sweep_result
 
 from gatewise.launch.cli import main
 from gatewise.launch.search import Search
@@ -35,24 +33,8 @@ RATES = "optim.lr=tag(log,interval(1e-4,1e-2))"
 
 def command(folder: Path, *overrides: str) -> list[str]:
     """Return a search whose runs only note that they were started, in `folder/calls`."""
-    folder.mkdir(exist_ok=True)
-    file = folder / "python"
-    file.write_text(FAKE.format(log=folder / "calls"))
-    file.chmod(file.stat().st_mode | stat.S_IXUSR)
-    local = (f"submit.python={file}", "submit.launcher=local", "submit.snapshot=false")
+    local = (*stand_in(folder, FAKE), "submit.snapshot=false")
     return ["submit", "-m", "experiment=tiny", *overrides, *local, f"run.dir={folder / 'search'}"]
-
-
-def calls(folder: Path) -> list[str]:
-    file = folder / "calls"
-    found = file.read_text().splitlines() if file.exists() else []
-    file.unlink(missing_ok=True)
-    return found
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((folder / "search" / "result.json").read_text())
-    return result
 
 
 @pytest.fixture
@@ -73,7 +55,7 @@ def test_a_search_goes_on_as_if_it_had_not_ended(tmp_path: Path) -> None:
     assert len(rest) == 1
     rates = [float(line) for line in first + rest]
     assert all(1e-4 <= rate <= 1e-2 for rate in rates)
-    result = result_of(tmp_path / "a")
+    result = sweep_result(tmp_path / "a" / "search")
     assert result["states"] == {"finished": 3}
     best = min(rates, key=lambda rate: abs(rate - 0.003))
     assert result["best"] == {"optim.lr": repr(best)}
@@ -91,13 +73,13 @@ def test_a_point_that_failed_is_tried_again_and_one_that_comes_twice_is_not(
     tried = calls(tmp_path)
     assert tried.count("rmoe 0.001") == 1
     assert "qwen3 0.001" in tried
-    assert result_of(tmp_path)["states"] == {"finished": 1, "failed": 1}
+    assert sweep_result(tmp_path / "search")["states"] == {"finished": 1, "failed": 1}
     monkeypatch.delenv("OMP_FAIL")
     assert main([*search, "--collect"]) == 1
     assert calls(tmp_path) == []
     assert main(search) == 0
     assert calls(tmp_path) == ["qwen3 0.001"]
-    assert result_of(tmp_path)["states"] == {"finished": 2}
+    assert sweep_result(tmp_path / "search")["states"] == {"finished": 2}
 
 
 @pytest.mark.usefixtures("_optuna")

@@ -5,9 +5,9 @@ import os
 import stat
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import pytest
+from stand_in import calls, stand_in, sweep_result
 
 from gatewise.launch.cli import main
 from gatewise.launch.points import expand
@@ -82,23 +82,8 @@ exit $code
 @pytest.fixture
 def sweep(tmp_path: Path) -> list[str]:
     """Return a sweep's command line whose runs only note that they were started."""
-    file = tmp_path / "python"
-    file.write_text(FAKE.format(log=tmp_path / "calls"))
-    file.chmod(file.stat().st_mode | stat.S_IXUSR)
     run = f"run.dir={tmp_path / 'my_sweep'}"
-    return [*SWEEP, f"submit.python={file}", "submit.launcher=local", run]
-
-
-def calls(folder: Path) -> list[str]:
-    file = folder / "calls"
-    found = file.read_text().split() if file.exists() else []
-    file.unlink(missing_ok=True)
-    return found
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((folder / "my_sweep" / "result.json").read_text())
-    return result
+    return [*SWEEP, *stand_in(tmp_path, FAKE), run]
 
 
 def test_a_sweep_runs_each_point_once_and_sums_up(
@@ -109,7 +94,7 @@ def test_a_sweep_runs_each_point_once_and_sums_up(
     assert calls(tmp_path) == names
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == str(tmp_path / "my_sweep" / "result.json")
-    result = result_of(tmp_path)
+    result = sweep_result(tmp_path / "my_sweep")
     assert result["states"] == {"finished": 4}
     assert result["best"] == {"router": "rmoe", "optim.lr": "0.001"}
     assert result["group"] == "my_sweep"
@@ -133,7 +118,7 @@ def test_points_that_have_finished_with_these_settings_are_left_out(
     grown = [text.replace("3e-3", "3e-3,5e-3") for text in smaller]
     assert main(grown) == 0
     assert calls(tmp_path) == ["optim.lr=0.005"]
-    assert result_of(tmp_path)["points"] == 3
+    assert sweep_result(tmp_path / "my_sweep")["points"] == 3
     assert main([*smaller, "steps=30"]) == 0
     assert len(calls(tmp_path)) == 2
 
@@ -145,7 +130,7 @@ def test_a_point_that_fails_stops_no_other_and_runs_again(
     monkeypatch.setenv("OMP_FAIL", "1")
     assert main(sweep) == 1
     assert len(calls(tmp_path)) == 2
-    assert result_of(tmp_path)["states"] == {"finished": 1, "failed": 1}
+    assert sweep_result(tmp_path / "my_sweep")["states"] == {"finished": 1, "failed": 1}
     monkeypatch.delenv("OMP_FAIL")
     assert main([*sweep, "--collect"]) == 1
     assert calls(tmp_path) == []
@@ -173,7 +158,10 @@ def test_a_slurm_sweep_is_one_array_that_finds_its_points(
     assert lines[:2] == ["experiment=tiny", "name=a b"]
     assert "router=deepseek_v3" in lines
     assert json.loads((Path(points[2]) / "submit" / "job.json").read_text()) == {"job": "17_2"}
-    assert result_of(tmp_path)["states"] == {"queued": 1, "failed": 3}  # as if Slurm had lost them
+    assert sweep_result(tmp_path / "my_sweep")["states"] == {
+        "queued": 1,
+        "failed": 3,
+    }  # as if Slurm had lost them
 
     capsys.readouterr()
     assert main([*arguments, "name=a b"]) == 0  # the queued one is left alone
