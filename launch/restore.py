@@ -22,7 +22,7 @@ from gatewise.parallel.dims import ExpertGroups
 from gatewise.parallel.errors import CheckpointError, ConfigError
 from gatewise.training.checkpoint_folder import read_json
 from gatewise.training.checkpointer import find_latest, load, read_meta, verify
-from gatewise.training.config import TrainConfig
+from gatewise.training.config import Tokenizer, TrainConfig
 from gatewise.training.data import PreparedData, prepare_data
 from gatewise.training.resume import check_tokenizer
 from gatewise.training.state import OPTIMIZER, model_ranges
@@ -182,14 +182,17 @@ def restore_data(stored: Stored, folder: Path) -> PreparedData:
         CheckpointError: as `restore_tokenizer`.
         ConfigError, DataError: as `prepare_data`.
     """
-    tokenizer = restore_tokenizer(stored)
-    data = prepare_data(stored.config.data)
-    if data.tokenizer.fingerprint == tokenizer.fingerprint:
-        return data
+    tokenizer, settings = restore_tokenizer(stored), stored.config.data
+    of_bytes = settings.tokenizer is Tokenizer.bytes and settings.tokenizer_path is None
+    # a model that was taken in has a tokenizer that its settings do not tell of
+    if not of_bytes or isinstance(tokenizer, ByteTokenizer):
+        data = prepare_data(settings)
+        if data.tokenizer.fingerprint == tokenizer.fingerprint:
+            return data
     # another text would train another BPE: tokenise it with the checkpoint's
     tokenizer.save(folder / "tokenizer.json")
     path = str(folder / "tokenizer.json")
-    return prepare_data(replace(stored.config.data, tokenizer_path=path))
+    return prepare_data(replace(settings, tokenizer_path=path))
 
 
 def restore_model(

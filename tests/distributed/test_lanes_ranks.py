@@ -1,6 +1,7 @@
 """Lanes over real ranks: groups of their own, and an error with a name when a rank is lost."""
 
 import os
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_ranks_agree_on_what_their_lanes_move(tmp_path: Path) -> None:
 
 
 def _rank_1_is_lost(place: Place, dies: bool) -> dict[str, Any]:
-    sums = Sums(place, 60 if dies else PATIENCE)
+    sums = Sums(place, 900 if dies else PATIENCE)
 
     def run(task: Task) -> dist.Work | None:
         if place.rank == 1 and task == Task("near", 2):
@@ -90,8 +91,10 @@ def test_a_rank_lost_in_mid_collective_is_an_error_with_names(tmp_path: Path, di
     began = time.monotonic()
     with pytest.raises(RankFailure) as caught:
         run_ranks(_rank_1_is_lost, 2, (dies,), threads=1, logs=tmp_path)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300  # not by the patience of 900 seconds
+    # a rank that dies breaks the links of all lanes: the first that notices is named
+    any_lane = r"lane (intra, task near|inter, task (send|back)):\d:"
+    task = any_lane if dies else "lane intra, task near:2:"
     if dies:
         assert "rank 1" in str(caught.value)
-    seen = (tmp_path / "rank_0.log").read_text()
-    assert "LaneError: rank 0, lane intra, task near:2:" in seen
+    assert re.search(f"LaneError: rank 0, {task}", (tmp_path / "rank_0.log").read_text())

@@ -11,6 +11,7 @@ from gatewise.moe.attention_config import AttentionConfig
 from gatewise.moe.config import ModelConfig
 from gatewise.routers.config import RouterConfig
 from gatewise.training.checkpoint_weights import WeightReader
+from gatewise.training.tokenizer import train_bpe
 
 MODEL = ModelConfig(
     layers=2,
@@ -77,3 +78,19 @@ def test_a_tokenizer_that_does_not_fit_is_named(
     words = ["prompt=x", f"run.dir={tmp_path}/a"]
     assert main(["generate", f"checkpoint={first}", *words]) == 2
     assert "100 rows in its embedding but its tokenizer has 257 ids" in capsys.readouterr().err
+
+
+def test_a_text_is_prepared_with_the_models_own_tokenizer_alone(tmp_path: Path) -> None:
+    from small_models import small_model
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} plus {n} is {2 * n}\n" for n in range(500)))
+    bpe = train_bpe([text.read_text()], 300)
+    decoder = small_model(MODEL, RouterConfig(), vocab_size=300)
+    # as a model that was taken in: its settings do not speak of its tokenizer
+    taken, _ = make_run(tmp_path / "taken", decoder, tokenizer=bpe.fingerprint)
+    bpe.save(taken / "tokenizer.json")
+    data = [f"data.path={text}", f"data.cache={tmp_path}/cache", "precision=fp32"]
+    run("evaluate", f"checkpoint={taken}", f"run.dir={tmp_path}/a", *data)
+    prepared = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert len(prepared) == 1  # and not in bytes first
