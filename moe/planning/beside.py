@@ -6,12 +6,13 @@ waits for what: the prediction is of exactly that order.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from gatewise.moe.planning.block import BACKWARD_TABLE, FORWARD_TABLE, stages_of
 from gatewise.moe.planning.policies import Pass, Problem, Proposal
 from gatewise.moe.turns import turns
-from gatewise.parallel.schedule.cost import Amount
-from gatewise.parallel.schedule.plan import Stage, StageGraph, Task, ordered_plan
+from gatewise.parallel.schedule.cost import Amount, Cost
+from gatewise.parallel.schedule.plan import LANES, Lane, Plan, Stage, StageGraph, Task
 
 __all__ = ["beside_pass", "chain", "propose_beside"]
 
@@ -19,16 +20,25 @@ __all__ = ["beside_pass", "chain", "propose_beside"]
 _FORWARD = {
     "enter": ("attention", "attention_scatter"),
     "send": ("order", "dispatch", "shared"),
-    "work": ("gather", "experts", "scatter", "collect"),
+    "gather": ("gather",),
+    "work": ("experts", "scatter"),
+    "collect": ("collect",),
 }
 _ARRIVE = ("combine", "block_gather")
 # Autograd takes the steps in the reverse order.
 _BACKWARD = {
-    "work": ("scatter_grad", "experts_data", "gather_grad", "dispatch_grad", "experts_weights"),
+    "collect": ("scatter_grad",),
+    "work": ("experts_data", "gather_grad", "experts_weights"),
+    "gather": ("dispatch_grad",),  # without split experts: in the step before
     "send": ("shared_grad", "order_grad"),
     "enter": ("attention_scatter_grad", "attention_grad", "attention_weights"),
 }
 _ARRIVE_GRAD = ("block_gather_grad", "combine_grad", "collect_grad")
+_WAIT = "_wait"  # the end of the name of a wait before a stage
+# Rows of attention, for which who leads all parts waits at once.
+_AT_ONCE = frozenset(
+    ("attention_scatter", "block_gather", "block_gather_grad", "attention_scatter_grad")
+)
 
 
 def propose_beside(problem: Problem) -> list[Proposal]:
@@ -96,19 +106,41 @@ def beside_pass(problem: Problem, name: str, parts: int) -> Pass:
         name: "forward" or "backward".
         parts: of a micro-batch, equally large.
     """
-    stages, amounts = chain(problem, name)
+    stages, amounts = _waiting(*chain(problem, name))
     graph = StageGraph(tuple(stages))
     have = {stage.name: stage.count(parts) for stage in stages}
     tasks = _forward_tasks if name == "forward" else _backward_tasks
-    order = [task for task in tasks(problem.blocks, parts) if task.chunk < have.get(task.stage, 0)]
-    # who leads all parts waits for what travels within a node, before and behind the experts
-    plan = ordered_plan(graph, parts, order, merge={"intra": "compute"})
+    is_sharded = "gather" in problem.work.forward
+    lanes: dict[Lane, list[Task]] = {lane: [] for lane in LANES}
+    for task in tasks(problem.blocks, parts, is_sharded=is_sharded):
+        if task.chunk < have.get(task.stage, 0):
+            waited = task.stage.partition(".")[2] in _AT_ONCE
+            lanes["compute" if waited else graph.stage(task.stage).lane].append(task)
+    plan = Plan(parts, {lane: tuple(listed) for lane, listed in lanes.items()})
     return Pass(graph, plan, amounts)
 
 
-def _forward_tasks(blocks: int, parts: int) -> Iterator[Task]:
+def _waiting(
+    stages: list[Stage], amounts: dict[str, Amount]
+) -> tuple[list[Stage], dict[str, Amount]]:
+    """Let who leads all parts wait for rows that travel on as soon as they have arrived."""
+    found: list[Stage] = []
+    lane_of = {stage.name: stage.lane for stage in stages}
+    amounts = dict(amounts)
+    for stage in stages:
+        travels = stage.lane != "compute" and stage.after
+        if travels and all(lane_of[name] != "compute" for name in stage.after):
+            wait = Stage(stage.name + _WAIT, "compute", stage.after, stage.shares)
+            amounts[wait.name] = Amount(Cost(0.0, 0.0), 1.0)
+            found += [wait, replace(stage, after=(wait.name,))]
+        else:
+            found.append(stage)
+    return found, amounts
+
+
+def _forward_tasks(blocks: int, parts: int, *, is_sharded: bool) -> Iterator[Task]:
     """Yield all tasks of the forward pass in order, also of stages that there may not be."""
-    for turn in turns(blocks, parts):
+    for turn in turns(blocks, parts, is_sharded=is_sharded):
         if turn.step == "enter" and turn.block:
             yield from _tasks(turn.block - 1, _ARRIVE, turn.part)
         yield from _tasks(turn.block, _FORWARD[turn.step], turn.part)
@@ -116,11 +148,11 @@ def _forward_tasks(blocks: int, parts: int) -> Iterator[Task]:
         yield from _tasks(blocks - 1, _ARRIVE, part)
 
 
-def _backward_tasks(blocks: int, parts: int) -> Iterator[Task]:
+def _backward_tasks(blocks: int, parts: int, *, is_sharded: bool) -> Iterator[Task]:
     """Yield those of the backward pass, whose block 0 and part 0 are the last of the forward."""
     for part in range(parts):
         yield from _tasks(0, _ARRIVE_GRAD, part)
-    for turn in reversed(list(turns(blocks, parts))):
+    for turn in reversed(list(turns(blocks, parts, is_sharded=is_sharded))):
         block, part = blocks - 1 - turn.block, parts - 1 - turn.part
         yield from _tasks(block, _BACKWARD[turn.step], part)
         if turn.step == "enter":
@@ -132,4 +164,5 @@ def _backward_tasks(blocks: int, parts: int) -> Iterator[Task]:
 
 def _tasks(block: int, stages: tuple[str, ...], part: int) -> Iterator[Task]:
     for stage in stages:
+        yield Task(f"{block}.{stage}{_WAIT}", part)
         yield Task(f"{block}.{stage}", part)

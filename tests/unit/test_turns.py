@@ -7,21 +7,26 @@ from gatewise.moe.turns import Turn, turns
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_every_part_passes_every_block_step_by_step(blocks: int, parts: int) -> None:
-    place = {turn: index for index, turn in enumerate(turns(blocks, parts))}
-    assert len(place) == 3 * blocks * parts
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_every_part_passes_every_block_step_by_step(
+    blocks: int, parts: int, is_sharded: bool
+) -> None:
+    order = turns(blocks, parts, is_sharded=is_sharded)
+    place = {turn: index for index, turn in enumerate(order)}
+    assert len(place) == 5 * blocks * parts
     for part in range(parts):
         own = [
             place[Turn(step, block, part)]
             for block in range(blocks)
-            for step in ("enter", "send", "work")
+            for step in ("enter", "send", "gather", "work", "collect")
         ]
         assert own == sorted(own)
 
 
 @pytest.mark.parametrize("parts", [4, 5, 8])
-def test_rows_travel_beside_the_work_of_another_part(parts: int) -> None:
-    order = list(turns(3, parts))
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_rows_travel_beside_the_work_of_another_part(parts: int, is_sharded: bool) -> None:
+    order = list(turns(3, parts, is_sharded=is_sharded))
     for block in (0, 1):
         for part in range(parts):
             sent, works, again = (
@@ -32,3 +37,13 @@ def test_rows_travel_beside_the_work_of_another_part(parts: int) -> None:
                 inside = [turn for turn in between if turn.step == "work" and turn.part != part]
                 # before the first part works there is nothing that could
                 assert inside or (block, part) < (0, parts - 2)
+
+
+def test_split_experts_gather_what_has_had_time_to_arrive() -> None:
+    order = list(turns(2, 4, is_sharded=True))
+    for part in (1, 2):
+        send, gather, work, collect = (
+            order.index(Turn(step, 0, part)) for step in ("send", "gather", "work", "collect")
+        )
+        assert "work" in {turn.step for turn in order[send:gather]}
+        assert "enter" in {turn.step for turn in order[work:collect]}
