@@ -9,14 +9,16 @@ Here each step of `turns.py` is an autograd function of its own:
     collect   collect                                 scatter_grad
     arrive    combine                                 combine_grad, collect_grad
 
-with the backward pass on the right, upwards. What is communicated is issued at once; the calling
-thread waits for it only where the same call needs what arrives.
+with the backward pass on the right, upwards. The calling thread waits only before it computes with
+what has arrived. Rows of split experts travel twice in a row, so lanes carry them, each behind what
+it needs; whole experts' rows are issued at once: that was faster than by lanes, and their counts
+travel in the same group, which one thread alone may use.
 
 Shapes:  T tokens   K experts per token   D width   e experts of this rank   G, F see
          `ops/grouped_ffn.py`
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -32,7 +34,7 @@ from gatewise.moe.forward import ForwardPass
 from gatewise.moe.job import Job
 from gatewise.moe.tickets import PassTickets
 from gatewise.moe.transit import StageFunction
-from gatewise.parallel.schedule.executor import Handle, LaneError
+from gatewise.parallel.schedule.executor import Handle, Issue, LaneError
 from gatewise.parallel.schedule.plan import Lane, StageGraph, Task
 from gatewise.parallel.schedule.recorder import Mark, Recorder
 
@@ -56,7 +58,6 @@ class Host:
             return None
         now = recorder.mark()
         if self._since is not None:
-            recorder.prefix = ""
             recorder.add(Task("between", 0), "compute", "compute", self._since, now)
         self._since = None
         return now
@@ -129,7 +130,9 @@ class _State:
         self._request = request_tickets(job)
         self.forward: ForwardPass | None = None
         self.backward: BackwardPass | None = None
-        self._under_way: tuple[Task, Lane, Handle, Mark | None] | None = None
+        self._under_way: Handle | None = None
+        if self._recorder is not None:
+            self._recorder.prefix = ""  # steps of several layers alternate: tasks say which
 
     def agree(self) -> None:
         """Wait for the other ranks' counts."""
@@ -165,44 +168,34 @@ class _State:
             else:
                 self._send_off(task, lane_of[name], stage)
 
-    def _compute(self, task: Task, stage: Callable[[], Handle | None]) -> None:
+    def _compute(self, task: Task, stage: Issue) -> None:
         recorder = self._recorder
         start = self._host.stop(recorder)
         stage()
-        self._record(task, "compute", start, self._host.go_on(recorder))
+        end = self._host.go_on(recorder)
+        if recorder is not None:
+            recorder.add(task, "compute", "compute", start, end)
 
-    def _send_off(self, task: Task, lane: Lane, stage: Callable[[], Handle | None]) -> None:
-        """Issue communication, once what this call has under way has arrived."""
+    def _send_off(self, task: Task, lane: Lane, stage: Issue) -> None:
+        """Start communication behind what this call has under way."""
+        issue = partial(_issue, task, lane, stage, self._recorder)
+        lanes = self.job.execution.lanes
+        if lanes is not None and self.job.dispatcher.is_sharded:
+            self._under_way = lanes.start(lane, issue, self._under_way)
+            return
         self._wait()
-        start = self._host.stop(self._recorder)
-        try:
-            handle = stage()
-        except RuntimeError as error:
-            raise LaneError.of(task, lane, error) from error
-        end = self._host.go_on(self._recorder)
-        if handle is not None:
-            self._under_way = task, lane, handle, start
-        else:
-            self._record(task, lane, start, end)
+        self._host.stop(self._recorder)
+        self._under_way = issue()
+        self._host.go_on(self._recorder)
 
     def _wait(self) -> None:
         """Return when the rows under way have arrived."""
         if self._under_way is None:
             return
-        task, lane, handle, start = self._under_way
-        self._under_way = None
         self._host.stop(self._recorder)
-        try:
-            handle.wait()
-        except RuntimeError as error:
-            raise LaneError.of(task, lane, error) from error
-        self._record(task, lane, start, self._host.go_on(self._recorder))
-
-    def _record(self, task: Task, lane: Lane, start: Mark | None, end: Mark | None) -> None:
-        recorder = self._recorder
-        if recorder is not None and start is not None and end is not None:
-            recorder.prefix = ""  # the task says of which layer it is
-            recorder.add(task, lane, lane, start, end)
+        self._under_way.wait()
+        self._under_way = None
+        self._host.go_on(self._recorder)
 
     @property
     def _recorder(self) -> Recorder | None:
@@ -213,6 +206,36 @@ class _State:
 def _named(name: str, function: StageFunction) -> Handle | None:
     with record_function(f"moe.{name}"):
         return function(0)
+
+
+def _issue(task: Task, lane: Lane, stage: Issue, recorder: Recorder | None) -> Handle | None:
+    """Start communication; what is returned waits for it, and notes when it had ended."""
+    start = None if recorder is None else recorder.mark()
+    try:
+        handle = stage()
+    except RuntimeError as error:
+        raise LaneError.of(task, lane, error) from error
+    return None if handle is None else _Travel(handle, task, lane, start, recorder)
+
+
+class _Travel:
+    """Communication under way."""
+
+    def __init__(
+        self, handle: Handle, task: Task, lane: Lane, start: Mark | None, recorder: Recorder | None
+    ) -> None:
+        self._handle, self._task, self._lane = handle, task, lane
+        self._start, self._recorder = start, recorder
+
+    def wait(self) -> None:
+        """Return when it has ended; called once."""
+        try:
+            self._handle.wait()
+        except RuntimeError as error:
+            raise LaneError.of(self._task, self._lane, error) from error
+        if self._recorder is not None:
+            end = self._recorder.mark()
+            self._recorder.add(self._task, self._lane, self._lane, self._start, end)
 
 
 class _Send(torch.autograd.Function):

@@ -9,9 +9,10 @@ With two or three parts all enter a block before the first works, and all have w
 first enters the next block. From four on the parts follow each other without a pause between
 blocks: while part i enters, the rows of part i - 1 leave, and the experts of the part that comes
 next in line work; so rows of every part travel beside the work of at least one other, and so do
-the counts that ranks tell each other before rows leave. Split experts need two more ways, within
-the node. They are gathered and collected in turns of their own, last in every round: what was
-issued before has had time until then, so that the thread hardly waits.
+the counts that ranks tell each other before rows leave. Rows of split experts have two more ways to
+go, within the node, before and behind the experts. Lanes carry them, first in, first out, so they
+are gathered and collected in turns of their own: where a lane's next task comes too early, those
+behind it wait with it.
 
 Source:  attention of one part beside the rows of another: FlowMoE (NeurIPS 2025). The rounds have
     the least predicted time of all with these steps, for experts that take a third, as long as,
@@ -58,10 +59,10 @@ def turns(blocks: int, parts: int, *, is_sharded: bool) -> Iterator[Turn]:
     last = parts - 1
     steps: tuple[tuple[Step, int], ...]
     if is_sharded:
-        steps = (("work", last), ("send", 1), ("enter", 0), ("gather", 2), ("collect", last))
+        steps = (("enter", 0), ("gather", 1), ("work", 2), ("collect", 3), ("send", 0))
     else:
         steps = (("gather", last), ("work", last), ("collect", last), ("send", 1), ("enter", 0))
-    for slot in range(blocks * parts + last):
+    for slot in range(blocks * parts + max(behind for _, behind in steps)):
         for step, behind in steps:
             if 0 <= slot - behind < blocks * parts:
                 yield Turn(step, *divmod(slot - behind, parts))

@@ -8,7 +8,7 @@ nothing. Lanes start after all that the calling stream was given before, and it 
 import torch
 from torch import Tensor
 
-from gatewise.parallel.schedule.executor import Lanes, PlanRunner, Run
+from gatewise.parallel.schedule.executor import Handle, Issue, Lanes, PlanRunner, Run
 from gatewise.parallel.schedule.lanes import ThreadLanes
 from gatewise.parallel.schedule.plan import Lane
 from gatewise.parallel.schedule.recorder import Clock, HostClock, Recorder
@@ -37,9 +37,7 @@ class StreamLanes:
         streams: dict[Lane, torch.cuda.Stream] = {"compute": compute}
         for lane, indices in runner.by_lane.items():
             if lane != "compute" and indices:
-                if lane not in self._streams:
-                    self._streams[lane] = torch.cuda.Stream(self._device, priority=-1)
-                streams[lane] = self._streams[lane]
+                streams[lane] = self._stream(lane)
                 streams[lane].wait_event(begun)
         ended: list[torch.cuda.Event] = []
         for index, lane in enumerate(runner.lanes):
@@ -53,6 +51,35 @@ class StreamLanes:
         for stream in streams.values():
             if stream is not compute:
                 compute.wait_stream(stream)
+
+    def start(self, lane: Lane, issue: Issue, after: Handle | None) -> Handle:
+        """Issue on the lane's stream, behind `after` or what the calling stream was given."""
+        stream = self._stream(lane)
+        if after is None:
+            stream.wait_event(torch.cuda.current_stream(self._device).record_event())
+        with torch.cuda.stream(stream):
+            if after is not None:
+                after.wait()
+            handle = issue()
+            if handle is not None:
+                handle.wait()  # a handle makes the stream wait, not the host
+        return _Reached(stream.record_event(), self._device)
+
+    def _stream(self, lane: Lane) -> torch.cuda.Stream:
+        if lane not in self._streams:
+            self._streams[lane] = torch.cuda.Stream(self._device, priority=-1)
+        return self._streams[lane]
+
+
+class _Reached:
+    """A point of a stream, for which the stream that waits waits; the host does not."""
+
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event, self._device = event, device
+
+    def wait(self) -> None:
+        """Let the current stream wait."""
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class StreamClock:

@@ -6,12 +6,11 @@ waits for what: the prediction is of exactly that order.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from gatewise.moe.planning.block import BACKWARD_TABLE, FORWARD_TABLE, stages_of
 from gatewise.moe.planning.policies import Pass, Problem, Proposal
 from gatewise.moe.turns import turns
-from gatewise.parallel.schedule.cost import Amount, Cost
+from gatewise.parallel.schedule.cost import Amount
 from gatewise.parallel.schedule.plan import LANES, Lane, Plan, Stage, StageGraph, Task
 
 __all__ = ["beside_pass", "chain", "propose_beside"]
@@ -34,7 +33,6 @@ _BACKWARD = {
     "enter": ("attention_scatter_grad", "attention_grad", "attention_weights"),
 }
 _ARRIVE_GRAD = ("block_gather_grad", "combine_grad", "collect_grad")
-_WAIT = "_wait"  # the end of the name of a wait before a stage
 # Rows of attention, for which who leads all parts waits at once.
 _AT_ONCE = frozenset(
     ("attention_scatter", "block_gather", "block_gather_grad", "attention_scatter_grad")
@@ -106,7 +104,7 @@ def beside_pass(problem: Problem, name: str, parts: int) -> Pass:
         name: "forward" or "backward".
         parts: of a micro-batch, equally large.
     """
-    stages, amounts = _waiting(*chain(problem, name))
+    stages, amounts = chain(problem, name)
     graph = StageGraph(tuple(stages))
     have = {stage.name: stage.count(parts) for stage in stages}
     tasks = _forward_tasks if name == "forward" else _backward_tasks
@@ -118,24 +116,6 @@ def beside_pass(problem: Problem, name: str, parts: int) -> Pass:
             lanes["compute" if waited else graph.stage(task.stage).lane].append(task)
     plan = Plan(parts, {lane: tuple(listed) for lane, listed in lanes.items()})
     return Pass(graph, plan, amounts)
-
-
-def _waiting(
-    stages: list[Stage], amounts: dict[str, Amount]
-) -> tuple[list[Stage], dict[str, Amount]]:
-    """Let who leads all parts wait for rows that travel on as soon as they have arrived."""
-    found: list[Stage] = []
-    lane_of = {stage.name: stage.lane for stage in stages}
-    amounts = dict(amounts)
-    for stage in stages:
-        travels = stage.lane != "compute" and stage.after
-        if travels and all(lane_of[name] != "compute" for name in stage.after):
-            wait = Stage(stage.name + _WAIT, "compute", stage.after, stage.shares)
-            amounts[wait.name] = Amount(Cost(0.0, 0.0), 1.0)
-            found += [wait, replace(stage, after=(wait.name,))]
-        else:
-            found.append(stage)
-    return found, amounts
 
 
 def _forward_tasks(blocks: int, parts: int, *, is_sharded: bool) -> Iterator[Task]:
@@ -164,5 +144,4 @@ def _backward_tasks(blocks: int, parts: int, *, is_sharded: bool) -> Iterator[Ta
 
 def _tasks(block: int, stages: tuple[str, ...], part: int) -> Iterator[Task]:
     for stage in stages:
-        yield Task(f"{block}.{stage}{_WAIT}", part)
         yield Task(f"{block}.{stage}", part)

@@ -20,7 +20,7 @@ from typing import Protocol
 from gatewise.parallel.schedule.plan import LANES, Lane, Plan, StageGraph, Task
 from gatewise.parallel.schedule.recorder import Mark, Recorder
 
-__all__ = ["Execution", "Handle", "LaneError", "Lanes", "PlanRunner", "Run", "run_plan"]
+__all__ = ["Execution", "Handle", "Issue", "LaneError", "Lanes", "PlanRunner", "Run", "run_plan"]
 
 _COMMUNICATION: tuple[Lane, ...] = ("inter", "intra")
 
@@ -34,6 +34,7 @@ class Handle(Protocol):
 
 
 Run = Callable[[Task], Handle | None]
+Issue = Callable[[], Handle | None]
 
 
 class LaneError(RuntimeError):
@@ -54,6 +55,16 @@ class Lanes(Protocol):
 
     def run(self, runner: "PlanRunner", run: Run, recorder: Recorder | None) -> None:
         """Run every task of a plan; return when all have ended."""
+        ...
+
+    def start(self, lane: Lane, issue: Issue, after: Handle | None) -> Handle:
+        """Put communication outside of a plan at the end of a lane; return at once.
+
+        Args:
+            lane: which carries it.
+            issue: starts it.
+            after: what must have ended before; None: what the calling thread has computed.
+        """
         ...
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gatewise.parallel.schedule.executor import PlanRunner, Run
+from gatewise.parallel.schedule.executor import Handle, Issue, PlanRunner, Run
 from gatewise.parallel.schedule.plan import Lane
 from gatewise.parallel.schedule.recorder import Recorder
 
@@ -51,6 +51,15 @@ class ThreadLanes:
             under_way.fail(error)  # an interrupt, for one, of which the threads do not know
             raise
 
+    def start(self, lane: Lane, issue: Issue, after: Handle | None) -> Handle:
+        """Let the lane's thread wait for `after`, issue, and wait for the end.
+
+        What goes wrong is raised where the handle is waited for.
+        """
+        errand = _Errand(issue, after)
+        self._inbox(lane).put(errand.run)
+        return errand
+
     def close(self) -> None:
         """Let the threads end once they have done what they were given."""
         if self._closer is not None:
@@ -85,6 +94,35 @@ def _serve(inbox: "queue.SimpleQueue[_Work | None]") -> None:
 def _end(inboxes: "dict[Lane, queue.SimpleQueue[_Work | None]]") -> None:
     for inbox in inboxes.values():
         inbox.put(None)
+
+
+class _Errand:
+    """Communication that a lane was given; it can be waited for."""
+
+    def __init__(self, issue: Issue, after: Handle | None) -> None:
+        self._issue: Issue | None = issue
+        self._after = after
+        self._over = threading.Event()
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Do it; on the lane's thread."""
+        try:
+            if self._after is not None:
+                self._after.wait()
+            handle = self._issue() if self._issue is not None else None
+            if handle is not None:
+                handle.wait()
+        except BaseException as error:
+            self._failure = error
+        self._issue = self._after = None  # which may hold tensors
+        self._over.set()
+
+    def wait(self) -> None:
+        """Return when it has ended, or raise what went wrong."""
+        self._over.wait()
+        if self._failure is not None:
+            raise self._failure
 
 
 class _PassUnderWay:

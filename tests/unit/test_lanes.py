@@ -329,6 +329,57 @@ def test_streams_wait_for_what_their_tasks_need_and_for_nothing_else(
     ]
 
 
+def test_a_stream_issues_behind_what_it_is_told_to_wait_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeCuda()
+    monkeypatch.setattr(streams.torch, "cuda", fake)
+    lanes = streams.StreamLanes(torch.device("cpu"))
+
+    def issue() -> None:
+        fake.log.append(f"issued on {fake.now.name}")
+
+    first = lanes.start("inter", issue, None)
+    second = lanes.start("intra", issue, first)
+    second.wait()
+    far, near = fake.log[0].partition(" ")[0], fake.log[2].partition(" ")[0]
+    assert far != near
+    assert fake.log == [
+        f"{far} waits for compute#1",
+        f"issued on {far}",
+        f"{near} waits for {far}#1",
+        f"issued on {near}",
+        f"compute waits for {near}#1",
+    ]
+
+
+def test_a_thread_waits_for_what_its_errand_needs_and_tells_what_went_wrong() -> None:
+    lanes = ThreadLanes()
+    opened = threading.Event()
+    seen: list[str] = []
+
+    def slow() -> None:
+        assert opened.wait(WAIT)
+        seen.append("far")
+
+    def fails() -> None:
+        seen.append("near")
+        raise LaneError("broken link")
+
+    first = lanes.start("inter", slow, None)
+    second = lanes.start("intra", fails, first)  # in another lane, so it has to wait itself
+    third = lanes.start("intra", lambda: seen.append("next"), None)
+    assert not seen
+    opened.set()
+    third.wait()
+    assert seen == ["far", "near", "next"]
+    first.wait()
+    for _ in range(2):  # whoever waits
+        with pytest.raises(LaneError, match="broken link"):
+            second.wait()
+    lanes.close()
+
+
 def test_a_device_has_the_lanes_of_its_kind() -> None:
     assert isinstance(streams.lanes_for(torch.device("cpu")), ThreadLanes)
     assert isinstance(streams.lanes_for(torch.device("cuda")), streams.StreamLanes)

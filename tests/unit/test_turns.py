@@ -39,11 +39,14 @@ def test_rows_travel_beside_the_work_of_another_part(parts: int, is_sharded: boo
                 assert inside or (block, part) < (0, parts - 2)
 
 
-def test_split_experts_gather_what_has_had_time_to_arrive() -> None:
-    order = list(turns(2, 4, is_sharded=True))
-    for part in (1, 2):
-        send, gather, work, collect = (
-            order.index(Turn(step, 0, part)) for step in ("send", "gather", "work", "collect")
+@pytest.mark.parametrize("parts", [4, 8])
+def test_rows_of_split_experts_travel_beside_the_work_of_others(parts: int) -> None:
+    order = list(turns(2, parts, is_sharded=True))
+    for part in range(2, parts):
+        sent, work, collect, again = (
+            order.index(Turn(step, block, part))
+            for step, block in (("send", 0), ("work", 0), ("collect", 0), ("enter", 1))
         )
-        assert "work" in {turn.step for turn in order[send:gather]}
-        assert "enter" in {turn.step for turn in order[work:collect]}
+        assert "work" in {turn.step for turn in order[sent:work]}  # dispatched and gathered
+        assert "work" in {turn.step for turn in order[work + 1 : collect]}  # scattered
+        assert {"send", "enter"} & {turn.step for turn in order[collect:again]}
