@@ -346,10 +346,14 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for bits in BITS:
         ours, theirs = loss_of(rows, "fisher_global", bits), loss_of(rows, "pmq_release", bits)
         half = difference(rows, "fisher_global", "pmq_release", bits, share=0.5)
-        if ours is not None and theirs is not None and half is not None:
+        # no expert has more than 3 bits, so an allocation can hardly lose less than 3 everywhere
+        least = loss_of(rows, "uniform", 3.0)
+        if ours is not None and theirs is not None and half is not None and least is not None:
             lines.append(
                 f"- {bits:g} bits: `fisher_global` loses {ours[0] / theirs[0]:.2f} of what "
-                f"`pmq_release` loses; less half of that it is {half[0]:+.4f} ({half[1]:.4f})"
+                f"`pmq_release` loses; less half of that it is {half[0]:+.4f} ({half[1]:.4f}); "
+                f"with 3 bits everywhere, at {3 / bits:.1f} times the size, "
+                f"{least[0] / theirs[0]:.2f} would be left"
             )
     even = difference(rows, "fisher_global", "uniform", 2.0)
     if even is not None:
