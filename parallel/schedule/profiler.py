@@ -10,7 +10,8 @@ the slowest rank.
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from gatewise.parallel.collectives import Group
 from gatewise.parallel.schedule.cost import Cost, Interference, fit_cost
-from gatewise.parallel.schedule.executor import Lanes, PlanRunner
+from gatewise.parallel.schedule.executor import LaneError, Lanes, PlanRunner
 from gatewise.parallel.schedule.plan import Lane, Plan, Stage, StageGraph, Task
 
 __all__ = ["Meter", "Probe", "Run"]
@@ -113,7 +114,8 @@ class Meter:
         lanes = {lane: tuple(task for task in tasks if task.stage == lane) for lane in jobs}
         runner = PlanRunner(graph, Plan(1, lanes))
         if self.control.handle is not None:
-            dist.barrier(self.control.handle)
+            with _meeting():
+                dist.barrier(self.control.handle)
         runner.run(run, lanes=self.lanes)
         return ends
 
@@ -121,8 +123,18 @@ class Meter:
         if self.control.handle is None:
             return values
         together = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(together, how, group=self.control.handle)
+        with _meeting():
+            dist.all_reduce(together, how, group=self.control.handle)
         return [float(value) for value in together.tolist()]
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Name the rank where ranks cannot meet."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LaneError.of(Task("meeting", 0), "inter", error) from error
 
 
 def _durations(ends: list[float]) -> list[float]:
