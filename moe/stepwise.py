@@ -11,7 +11,7 @@ Here each step of `turns.py` is an autograd function of its own:
 
 with the backward pass on the right, upwards. The calling thread waits only before it computes with
 what has arrived. Rows of split experts travel twice in a row, so lanes carry them, each behind what
-it needs; whole experts' rows are issued at once: that was faster than by lanes, and their counts
+it needs. Rows of whole experts are issued at once: they have nothing to wait for, and their counts
 travel in the same group, which one thread alone may use.
 
 Shapes:  T tokens   K experts per token   D width   e experts of this rank   G, F see
@@ -105,11 +105,14 @@ class StepwiseCall:
             state.agree()
             self._thread = _Send.apply(self._thread, state)  # type: ignore[no-untyped-call]
         elif step == "gather" and self._is_sharded:
-            self._thread = _Gather.apply(self._thread, state)  # type: ignore[no-untyped-call]
+            self._move("gather", "dispatch_grad")
         elif step == "work":
             self._thread = _Work.apply(self._thread, *self._weights, state)  # type: ignore[no-untyped-call]
         elif step == "collect":
-            self._thread = _Collect.apply(self._thread, state)  # type: ignore[no-untyped-call]
+            self._move("collect", "scatter_grad")
+
+    def _move(self, there: str, back: str) -> None:
+        self._thread = _Move.apply(self._thread, self._state, there, back)  # type: ignore[no-untyped-call]
 
     def arrive(self) -> Tensor:
         """Run the last step and return the output (T, D)."""
@@ -257,22 +260,6 @@ class _Send(torch.autograd.Function):
         return dx_TD, None
 
 
-class _Gather(torch.autograd.Function):
-    """Give the ranks that hold parts of the same experts the rows of all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, thread: Tensor, state: _State) -> Tensor:
-        ctx.state = state
-        state.run_forward("gather")
-        return thread.new_zeros(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dthread: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.state.run_backward("dispatch_grad")
-        return dthread, None
-
-
 class _Work(torch.autograd.Function):
     """Let the experts work on what has arrived."""
 
@@ -295,20 +282,20 @@ class _Work(torch.autograd.Function):
         return dthread, *backward.weight_gradients(), None
 
 
-class _Collect(torch.autograd.Function):
-    """Send back what the experts made of the rows."""
+class _Move(torch.autograd.Function):
+    """Send rows on: a stage of the forward pass, and one of the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, thread: Tensor, state: _State) -> Tensor:
-        ctx.state = state
-        state.run_forward("collect")
+    def forward(ctx: Any, thread: Tensor, state: _State, there: str, back: str) -> Tensor:
+        ctx.state, ctx.back = state, back
+        state.run_forward(there)
         return thread.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dthread: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.state.run_backward("scatter_grad")
-        return dthread, None
+        ctx.state.run_backward(ctx.back)
+        return dthread, None, None, None
 
 
 class _Arrive(torch.autograd.Function):

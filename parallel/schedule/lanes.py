@@ -10,6 +10,8 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,9 +58,22 @@ class ThreadLanes:
 
         What goes wrong is raised where the handle is waited for.
         """
-        errand = _Errand(issue, after)
-        self._inbox(lane).put(errand.run)
-        return errand
+        done: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                if after is not None:
+                    after.wait()
+                handle = issue()
+                if handle is not None:
+                    handle.wait()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._inbox(lane).put(work)
+        return _Errand(done)
 
     def close(self) -> None:
         """Let the threads end once they have done what they were given."""
@@ -96,33 +111,15 @@ def _end(inboxes: "dict[Lane, queue.SimpleQueue[_Work | None]]") -> None:
         inbox.put(None)
 
 
+@dataclass(frozen=True, slots=True)
 class _Errand:
-    """Communication that a lane was given; it can be waited for."""
+    """Communication that a lane was given."""
 
-    def __init__(self, issue: Issue, after: Handle | None) -> None:
-        self._issue: Issue | None = issue
-        self._after = after
-        self._over = threading.Event()
-        self._failure: BaseException | None = None
-
-    def run(self) -> None:
-        """Do it; on the lane's thread."""
-        try:
-            if self._after is not None:
-                self._after.wait()
-            handle = self._issue() if self._issue is not None else None
-            if handle is not None:
-                handle.wait()
-        except BaseException as error:
-            self._failure = error
-        self._issue = self._after = None  # which may hold tensors
-        self._over.set()
+    done: Future[None]
 
     def wait(self) -> None:
         """Return when it has ended, or raise what went wrong."""
-        self._over.wait()
-        if self._failure is not None:
-            raise self._failure
+        self.done.result()
 
 
 class _PassUnderWay:
